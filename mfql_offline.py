@@ -1,0 +1,1035 @@
+"""MFQL: MeanFlow Q-learning, offline, in one file.
+
+Paper: Wang, Li, Chen, Shi, Bai, Yu, Fu, "One-Step Generative Policies with Q-Learning: A Reformulation of MeanFlow",
+AAAI 2026, arXiv 2511.13035. Authors' code: HiccupRL/MeanFlowQL (JAX), commit 3fab100.
+
+One network g(s, z_t, t) maps Gaussian noise e to an action in a single evaluation, a = g(s, e, 1). Behaviour cloning
+needs no ODE: with t = 0 the data and t = 1 the noise, z_t = (1 - t) a + t e and v = e - a, the average velocity u from
+0 to t obeys the MeanFlow identity u = v - t du/dt; the residual form g = z_t - u turns it into an identity for g. The
+critic picks among N sampled actions and its gradient improves g directly. The equations, as this file numbers them:
+
+  (1) z_t = (1 - t) a + t e,  v = e - a                              path from the data a to the noise e
+  (2) g_tgt = sg[z_t + (t - 1) v - t dg/dt],  dg/dt = v dg/dz + dg/dt   MeanFlow identity for g, one JVP
+  (3) L_MFI = mean sg[(d + c)^-p] d,  d = |g - g_tgt|^2 / dim(a)     adaptively weighted cloning loss
+  (4) a(e) = clip(g(s, e, 1), -1, 1),  e ~ N(0, I)                   one-step action
+  (5) best-of-N: a* = argmax_i Q'(s, a(e_i)), i = 1..N               value-guided rejection sampling, Q' the target
+  (6) L_critic = mean_k (Q_k(s, a) - y)^2,  y = r + gamma (1 - done) Q'(s', a*(s'))
+  (7) L_actor = -mean Q(s, a(e)) + L_bound + alpha L_MFI             gradient of Q straight through one step
+  (8) L_bound = mean relu(g - 1) + mean relu(-1 - g)                 keeps g(s, e, 1) inside the action box
+  (9) alpha <- 1.2 alpha if L_MFI > 5 avg, 0.8 alpha if L_MFI < avg / 5, every 2000 steps
+
+Deviations from the authors' code, each for a reason:
+- Attention over the single token is written as the linear map that it is; q, k and their norms carry no gradient there.
+- alpha's rule (9) acts from the next step on instead of within the same step, and the mask over its window reads the
+  stored values (the authors' mask reads empty slots until 20 values are in, which raises alpha in short runs).
+- Observation statistics are those of the data rows, not of a 2M-row buffer padded with zeros.
+- A consistency term of weight zero, early stopping and pretraining are left out.
+Deviations of the code (followed here) from the paper: critic learning rate 3e-4 (paper 1e-4), Xavier-uniform critic
+initialisation (paper Kaiming), power 0.2 weights and clipping of g_tgt to +-5 in the cloning loss.
+The paper has no D4RL locomotion results; defaults for those tasks are ours (`TASKS`, `benchmark/results/`).
+"""
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import pickle
+import platform
+import re
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.func import functional_call, jvp
+from tqdm import tqdm
+
+SCRIPT = pathlib.Path(__file__).stem
+
+
+@dataclass
+class Args:
+    # ---- experiment: the same in every script ----
+    env_id: str = "meanflow/hopper/medium-replay-v0"
+    """dataset and environment: a D4RL name (hopper-medium-v2, door-human-v1), a Minari id (mujoco/hopper/medium-v0), an
+    OGBench single-task name (cube-single-play-singletask-task2-v0), or a Gymnasium id together with --dataset-path"""
+    dataset_path: str | None = None
+    """where the data lies, if not at the usual place: the HDF5 file (D4RL layout), the OGBench .npz file, or for a Minari
+    id the folder that stands for ~/.minari/datasets"""
+    seed: int = 1
+    """seed of the networks, the batches, the noise and the evaluation episodes"""
+    cuda: bool = True
+    """train on the first CUDA GPU if there is one, else on the CPU (says so in one line)"""
+    compile: bool = False
+    """compile the losses with torch.compile: faster after about half a minute (needs a C++ compiler on the CPU)"""
+    torch_deterministic: bool = True
+    """refuse operations that are not deterministic, so that equal seeds give equal numbers on one machine"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb; WANDB_MODE=offline needs no network)"""
+    wandb_project_name: str = "meanflow-rl"
+    """wandb project"""
+    wandb_entity: str | None = None
+    """wandb team; None is your own account"""
+    capture_video: bool = False
+    """record the first episode of every evaluation under videos/ of the run folder (pip install moviepy)"""
+    runs_dir: str = "runs"
+    """folder that holds the run folders"""
+    log_interval: int = 1000
+    """gradient steps between two rows of losses in metrics.jsonl"""
+    eval_interval: int = 50_000
+    """gradient steps between two evaluations; evaluating never changes the training"""
+    eval_episodes: int = 50
+    """episodes per evaluation, each with its own seed"""
+    checkpoint_interval: int = 10_000
+    """gradient steps between two checkpoints; one is also written at the end, on Ctrl-C and on SIGTERM"""
+    resume: str | None = None
+    """run folder or checkpoint.pt to continue bit for bit, with its own flags; flags given beside it override those"""
+    evaluate: str | None = None
+    """run folder, checkpoint.pt or policy.pt: evaluate it for --eval-episodes episodes, print the result and exit"""
+
+    # ---- algorithm ----
+    offline_steps: int = 1_000_000
+    """number of gradient steps W; the actor's learning rate decays over them"""
+    batch_size: int = 256
+    """transitions per gradient step"""
+    gamma: float = 0.99
+    """discount factor, Eq. (6)"""
+    tau: float = 0.005
+    """Polyak rate of the target critic, after every step"""
+    alpha: float = 10.0
+    """weight of the cloning loss in the actor loss, Eq. (7): larger stays closer to the data"""
+    alpha_schedule: Literal["adaptive", "constant", "cosine"] = "adaptive"
+    """adaptive: Eq. (9), the paper's; constant: alpha throughout; cosine: alpha decays to a tenth over the run"""
+    normalize_q_loss: bool = True
+    """divide the Q term of Eq. (7) by the batch mean of |Q|, which frees alpha from the scale of the rewards"""
+    q_aggregation: Literal["mean", "min"] = "mean"
+    """how the two target critics become one value, in Eq. (5) and (6)"""
+    num_candidates: int = 5
+    """N of Eq. (5), wherever the two flags below do not say otherwise"""
+    num_candidates_target: int | None = None
+    """N in the Bellman target, Eq. (6); None is --num-candidates"""
+    num_candidates_eval: int | None = None
+    """N when acting; None is --num-candidates. The final evaluation also reports N = 1"""
+    time_steps: int = 50
+    """T: t is drawn from {1/T, ..., 1}; above 1000 uniformly from [0, 1)"""
+    policy_form: Literal["residual", "meanflow", "naive"] = "residual"
+    """residual: the paper's g = z_t - u; meanflow: the network is u itself and a = e - u(e, 1); naive: g sees only the
+    noise e instead of z_t (the two forms that the paper argues against)"""
+    adaptive_power: float = 0.2
+    """p of Eq. (3); 0 is the plain squared error, 1 weighs every row alike"""
+    adaptive_constant: float = 1e-4
+    """c of Eq. (3)"""
+    target_clip: float = 5.0
+    """g_tgt of Eq. (2) is clipped to plus or minus this"""
+    bound_weight: float = 1.0
+    """weight of L_bound, Eq. (8)"""
+    actor_learning_rate: float = 1e-4
+    """peak of the actor's Adam step size: linear warm-up over 5 % of the run, then a cosine down to a tenth of it"""
+    critic_learning_rate: float = 3e-4
+    """Adam step size of the critic, constant"""
+    max_grad_norm: float = 1.0
+    """gradient-norm clip, for the actor and the critic apart"""
+    observation_normalization: Literal["dataset", "none"] = "dataset"
+    """dataset: subtract the data's mean and divide by its standard deviation"""
+    policy_width: int = 256
+    """width H of the policy network"""
+    policy_depth: int = 3
+    """number of residual blocks of the policy network"""
+    critic_width: int = 512
+    """width of the critic's hidden layers"""
+    critic_depth: int = 4
+    """number of the critic's hidden layers"""
+
+
+# Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names.
+# The paper's (its Table 7; alpha weighs against unnormalised Q) and ours for what the paper does not cover.
+TASKS = {
+    # pattern: alpha, N, T, gamma of the paper
+    r"antmaze-umaze-v2": (100, 5, 10_000, 0.99),
+    r"antmaze-umaze-diverse-v2": (130, 5, 100, 0.99),
+    r"antmaze-medium-play-v2": (10, 5, 50, 0.99),
+    r"antmaze-medium-diverse-v2": (50, 5, 50, 0.99),
+    r"antmaze-large-(play|diverse)-v2": (10, 5, 100, 0.99),  # diverse: the value of play, unpublished
+    r"pen-(human|cloned|expert)-v1": (10_000, 5, 100, 0.99),  # human and expert: the value of cloned, unpublished
+    r"door-(human|cloned|expert)-v1": (9_000, 5, 50, 0.99),
+    r"hammer-(human|cloned|expert)-v1": (11_000, 5, 100, 0.99),
+    r"relocate-(human|cloned|expert)-v1": (10_000, 5, 50, 0.99),
+    r"humanoidmaze-medium-.*singletask.*": (150, 5, 50, 0.995),  # task 1; the others unpublished
+    r"humanoidmaze-large-.*singletask.*": (10_000, 5, 50, 0.995),
+    r"cube-double-.*singletask.*": (120, 5, 50, 0.995),
+    r"antmaze-giant-.*singletask.*": (10, 1, 50, 0.995),  # N published, alpha and gamma FQL's
+    r"antsoccer-arena-.*singletask.*": (10, 10, 50, 0.995),
+}
+BUNDLED = "meanflow/hopper/medium-replay-v0"
+SMALL = dict(policy_width=64, policy_depth=2, critic_width=256, critic_depth=2)  # minutes on two CPU cores
+
+
+def task_defaults(env_id):
+    """The defaults of `Args` for one task, as a dict: its row of TASKS, D4RL's 500k steps, or the bundled run."""
+    if env_id == BUNDLED:
+        return dict(SMALL, offline_steps=30_000, alpha=1.0, actor_learning_rate=3e-4, eval_interval=5_000,
+                    eval_episodes=20)
+    for pattern, (alpha, num_candidates, time_steps, gamma) in TASKS.items():
+        if re.fullmatch(pattern, env_id):
+            steps = 500_000 if d4rl_task(env_id) else 1_000_000
+            return dict(alpha=alpha, num_candidates=num_candidates, time_steps=time_steps, gamma=gamma,
+                        normalize_q_loss=False, offline_steps=steps)
+    return dict(alpha=1.0)
+
+
+# ---------------------------------------------------------------- networks
+def gelu(x):
+    """GELU, tanh form: x (1 + tanh(y)) / 2 = x sigmoid(2 y), and the sigmoid is the cheaper of the two."""
+    return x * torch.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * sqrt(dim) * gain. The factor sqrt(dim) is the authors' and makes the output's RMS sqrt(dim)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (self.gain * len(self.gain) ** 0.5)
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN modulation on a single token, where attention is exactly two linear maps."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.value, self.attention_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x, c):
+        """x: (..., H) token, c: (..., H) or (1, H) activated time embedding; returns (..., H)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, -1)
+        y = x + gate1 * self.attention_out(self.value(self.norm1(x) * (1 + scale1) + shift1))
+        y = y + gate2 * self.mlp_out(gelu(self.mlp_in(self.norm2(y) * (1 + scale2) + shift2)))
+        return x + 0.1 * (y - x)
+
+
+class Policy(nn.Module):
+    """g(s, z, t), the authors' one-token diffusion transformer; zero everywhere at initialisation."""
+
+    def __init__(self, obs_dim, act_dim, width, depth):
+        super().__init__()
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.embed = nn.Linear(obs_dim + act_dim, width)
+        self.position = nn.Parameter(0.005 * torch.randn(width))
+        self.time_in, self.time_out = nn.Linear(256, width), nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.final_norm, self.final_modulation = RMSNorm(width), nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, act_dim)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                # realised standard deviation sqrt(0.01 / fan_in): truncation at two sigma takes 12 % of it away
+                sigma = (0.01 / layer.in_features) ** 0.5 / 0.87962566
+                nn.init.trunc_normal_(layer.weight, std=sigma, a=-2 * sigma, b=2 * sigma)
+                nn.init.zeros_(layer.bias)
+        for layer in (self.final, self.final_modulation, *(block.modulation for block in self.blocks)):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, observations, z, t):
+        """observations (..., O), z (..., A), t (..., 1) in [0, 1]; returns (..., A).
+
+        A t of shape (1, 1) is embedded once and broadcast, which halves the cost of one-step actions.
+        """
+        angles = t * self.frequencies  # t is not rescaled
+        c = F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1)))
+        c = F.silu(self.time_out(c))
+        x = self.embed(torch.cat([observations, z], -1)) + self.position
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = self.final_modulation(c).chunk(2, -1)
+        return self.final(self.final_norm(x) * (1 + scale) + shift)
+
+
+class TwinCritic(nn.Module):
+    """Two independent critics Q_1, Q_2, each (Linear, GELU, LayerNorm) x depth and Linear, as batched products."""
+
+    def __init__(self, obs_dim, act_dim, width, depth):
+        super().__init__()
+        sizes = [obs_dim + act_dim, *[width] * depth, 1]
+        self.weights = nn.ParameterList(torch.empty(2, i, o) for i, o in zip(sizes, sizes[1:]))
+        self.biases = nn.ParameterList(torch.zeros(2, 1, o) for o in sizes[1:])
+        self.norm_gains = nn.ParameterList(torch.ones(2, 1, width) for _ in range(depth))
+        self.norm_biases = nn.ParameterList(torch.zeros(2, 1, width) for _ in range(depth))
+        for weight in self.weights:
+            for w in weight.data:
+                nn.init.xavier_uniform_(w)
+
+    def forward(self, observations, actions):
+        """observations (..., O), actions (..., A); returns both values, (2, ...)."""
+        x = torch.cat([observations, actions], -1)
+        shape = x.shape[:-1]
+        x = x.flatten(0, -2).expand(2, -1, -1)
+        for i, (gain, bias) in enumerate(zip(self.norm_gains, self.norm_biases)):
+            x = gelu(torch.baddbmm(self.biases[i], x, self.weights[i]))
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * gain + bias
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).reshape(2, *shape)
+
+
+# ---------------------------------------------------------------- algorithm
+def sample_time(batch_size, time_steps, device):
+    """t of shape (B, 1): uniform on {1/T, ..., 1}, or on [0, 1) when T > 1000."""
+    if time_steps > 1000:
+        return torch.rand(batch_size, 1, device=device)
+    return torch.randint(1, time_steps + 1, (batch_size, 1), device=device) / time_steps
+
+
+def mean_flow_output_and_target(policy, observations, actions, noise, t, args):
+    """The network's output at (s, z_t, t) and its stop-gradient regression target, both (B, A)."""
+    z_t, v = (1 - t) * actions + t * noise, noise - actions  # Eq. (1)
+    point, tangent = (noise, torch.zeros_like(v)) if args.policy_form == "naive" else (z_t, v)
+    g, dg_dt = jvp(lambda z, t: policy(observations, z, t), (point, t), (tangent, torch.ones_like(t)))
+    if args.policy_form == "residual":
+        g_tgt = z_t + (t - 1) * v - t * dg_dt  # Eq. (2)
+    elif args.policy_form == "meanflow":
+        g_tgt = v - t * dg_dt  # g is u here: the MeanFlow identity itself
+    else:
+        g_tgt = actions - t * dg_dt  # g = e - u along a path on which the input e does not move
+    return g, g_tgt.detach().clamp(-args.target_clip, args.target_clip)
+
+
+def mean_flow_loss(policy, observations, actions, noise, t, args):
+    """L_MFI, Eq. (3): a scalar."""
+    g, g_tgt = mean_flow_output_and_target(policy, observations, actions, noise, t, args)
+    d = (g - g_tgt).square().mean(-1)  # (B,)
+    weight = (d.detach() + args.adaptive_constant) ** -args.adaptive_power
+    return (weight * d).mean()  # Eq. (3)
+
+
+def one_step_action(policy, observations, noise, args):
+    """g(s, e, 1) before clipping, (..., A): one evaluation of the network. Eq. (4)"""
+    g = policy(observations, noise, noise.new_ones(1, 1))
+    return noise - g if args.policy_form == "meanflow" else g
+
+
+def best_of_n(policy, target_critic, observations, noise, args):
+    """Eq. (5): of the actions made from noise (B, N, A), the one that the target critic likes best.
+
+    Returns the actions (B, A) and their target values (B,).
+    """
+    observations = observations.unsqueeze(1).expand(-1, noise.shape[1], -1)
+    candidates = one_step_action(policy, observations, noise, args).clamp(-1, 1)  # (B, N, A)
+    q = target_critic(observations, candidates)  # (2, B, N)
+    q = q.mean(0) if args.q_aggregation == "mean" else q.amin(0)
+    q_best, index = q.max(1)
+    return candidates[torch.arange(len(index), device=index.device), index], q_best
+
+
+def critic_loss(policy, critic, target_critic, batch, next_noise, args):
+    """L_critic, Eq. (6): a scalar. next_noise: (B, N, A)."""
+    with torch.no_grad():
+        q_next = best_of_n(policy, target_critic, batch["next_observations"], next_noise, args)[1]
+        q_target = batch["rewards"] + args.gamma * batch["masks"] * q_next
+    return (critic(batch["observations"], batch["actions"]) - q_target).square().mean()  # Eq. (6)
+
+
+def actor_loss(policy, critic, observations, noise, args):
+    """The first two terms of Eq. (7) and the mean value of the policy's actions: three scalars."""
+    g = one_step_action(policy, observations, noise, args)
+    bound = F.relu(g - 1).mean() + F.relu(-1 - g).mean()  # Eq. (8)
+    frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+    q = functional_call(critic, frozen, (observations, g.clamp(-1, 1))).mean(0)
+    scale = q.detach().abs().mean() if args.normalize_q_loss else 1.0
+    return -q.mean() / scale, bound, q.detach().mean()
+
+
+def losses(policy, critic, target_critic, batch, draws, alpha, args):
+    """The sum of all losses, to be differentiated once, and a dict of its parts."""
+    noise, t, actor_noise, next_noise = draws
+    l_critic = critic_loss(policy, critic, target_critic, batch, next_noise, args)
+    l_mfi = mean_flow_loss(policy, batch["observations"], batch["actions"], noise, t, args)
+    l_q, l_bound, q = actor_loss(policy, critic, batch["observations"], actor_noise, args)
+    total = l_critic + l_q + args.bound_weight * l_bound + alpha * l_mfi  # Eq. (6) + Eq. (7)
+    parts = dict(critic=l_critic, q=l_q, bound=l_bound, mean_flow=l_mfi, q_mean=q)
+    return total, {name: value.detach() for name, value in parts.items()}
+
+
+def actor_learning_rate(step, args):
+    """Step size of gradient step number `step` (from 0): linear from 0, then a cosine to a tenth, then constant."""
+    warmup = int(0.05 * args.offline_steps)
+    if step < warmup:
+        return args.actor_learning_rate * step / warmup
+    progress = min((step - warmup) / max(args.offline_steps - warmup, 1), 1.0)
+    return args.actor_learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def next_alpha(alpha, history, l_mfi, step, args):
+    """alpha after gradient step number `step`: Eq. (9), or its cosine, or itself. Appends to `history` (window of 20)."""
+    if args.alpha_schedule == "cosine":
+        return args.alpha * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(step / args.offline_steps, 1.0))))
+    if args.alpha_schedule == "constant" or step % 2000 != 0:
+        return alpha
+    l_mfi = float(l_mfi)  # the only time that training waits for the device
+    if len(history) >= 2 and step >= int(0.1 * args.offline_steps):
+        average = sum(history) / len(history)
+        if l_mfi > 5 * average:
+            alpha = min(1.2 * alpha, 10 * args.alpha)  # Eq. (9)
+        elif l_mfi < average / 5:
+            alpha = max(0.8 * alpha, 0.1 * args.alpha)  # Eq. (9)
+    history.append(l_mfi)
+    del history[:-20]
+    return alpha
+
+
+class Agent:
+    """Networks, optimisers and schedules of MFQL; `update` is one gradient step, `act` is Eq. (5)."""
+
+    def __init__(self, obs_dim, act_dim, obs_mean, obs_std, args, device):
+        self.args, self.device, self.step = args, device, 0
+        self.obs_mean, self.obs_std = obs_mean.to(device), obs_std.to(device)
+        self.policy = Policy(obs_dim, act_dim, args.policy_width, args.policy_depth).to(device)
+        self.critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth).to(device)
+        self.target_critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth).to(device)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.target_critic.requires_grad_(False)
+        fast = dict(fused=True, capturable=device.type == "cuda")
+        self.actor_optimizer = torch.optim.Adam(self.policy.parameters(), lr=torch.tensor(0.0, device=device), **fast)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_learning_rate, **fast)
+        self.alpha, self.alpha_history = torch.tensor(float(args.alpha), device=device), []
+        self.losses = torch.compile(losses) if args.compile else losses
+
+    def update(self, batch):
+        """One gradient step on a batch of normalised observations; returns the losses as device scalars."""
+        args, (batch_size, act_dim) = self.args, batch["actions"].shape
+        draws = (
+            torch.randn(batch_size, act_dim, device=self.device),  # e of Eq. (1)
+            sample_time(batch_size, args.time_steps, self.device),
+            torch.randn(batch_size, act_dim, device=self.device),  # e of Eq. (7)
+            torch.randn(batch_size, args.num_candidates_target or args.num_candidates, act_dim, device=self.device),
+        )
+        total, parts = self.losses(self.policy, self.critic, self.target_critic, batch, draws, self.alpha, args)
+        self.actor_optimizer.zero_grad()
+        self.critic_optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.critic.parameters(), args.max_grad_norm)
+        self.actor_optimizer.param_groups[0]["lr"].fill_(actor_learning_rate(self.step, args))
+        self.actor_optimizer.step()
+        self.critic_optimizer.step()
+        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
+        self.step += 1
+        if args.alpha_schedule != "constant":
+            alpha = next_alpha(self.alpha, self.alpha_history, parts["mean_flow"], self.step, args)
+            self.alpha.fill_(alpha)
+        return parts
+
+    @torch.no_grad()
+    def act(self, observations, num_candidates, generator):
+        """Best of `num_candidates` one-step actions, (B, A) in [-1, 1], for raw observations (B, O)."""
+        observations = (observations - self.obs_mean) / self.obs_std
+        shape = len(observations), num_candidates, self.policy.final.out_features
+        noise = torch.randn(shape, device=self.device, generator=generator)
+        return best_of_n(self.policy, self.target_critic, observations, noise, self.args)[0]
+
+    def policy_state(self):
+        """What acting needs."""
+        return dict(policy=self.policy.state_dict(), target_critic=self.target_critic.state_dict(),
+                    obs_mean=self.obs_mean, obs_std=self.obs_std)
+
+    def load_policy_state(self, state):
+        self.policy.load_state_dict(state["policy"])
+        self.target_critic.load_state_dict(state["target_critic"])
+        self.obs_mean, self.obs_std = state["obs_mean"].to(self.device), state["obs_std"].to(self.device)
+
+    def training_state(self):
+        """What continuing needs besides."""
+        return dict(critic=self.critic.state_dict(), actor_optimizer=self.actor_optimizer.state_dict(),
+                    critic_optimizer=self.critic_optimizer.state_dict(), step=self.step, alpha=self.alpha,
+                    alpha_history=self.alpha_history)
+
+    def load_training_state(self, state):
+        self.critic.load_state_dict(state["critic"])
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.step, self.alpha_history = state["step"], list(state["alpha_history"])
+        self.alpha.copy_(state["alpha"])
+
+
+# ---------------------------------------------------------------- data
+class BadInput(Exception):
+    """Something that the user can mend. Printed as one line on stderr; the exit code is 2."""
+
+
+D4RL_URLS = (  # tried in this order
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/{folder}/{file}",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
+)
+D4RL_TASKS = {  # successor of D4RL's environment, its options, and D4RL's reference returns (random, expert)
+    "hopper": ("Hopper-v4", {}, (-20.272305, 3234.3)),
+    "halfcheetah": ("HalfCheetah-v4", {}, (-280.178953, 12135.0)),
+    "walker2d": ("Walker2d-v4", {}, (1.629008, 4592.3)),
+    "ant": ("Ant-v4", {"use_contact_forces": True}, (-325.6, 3879.7)),
+    "pen": ("AdroitHandPen-v1", {}, (96.262799, 3076.8331017826877)),
+    "door": ("AdroitHandDoor-v1", {}, (-56.512833, 2880.5693087298737)),
+    "hammer": ("AdroitHandHammer-v1", {}, (-274.856578, 12794.134825156867)),
+    "relocate": ("AdroitHandRelocate-v1", {}, (-6.425911, 4233.877797728884)),
+}
+
+
+def d4rl_task(env_id):
+    """(task, folder on the server, file name) of a D4RL name, or None if it is not one."""
+    kinds = "random|medium|expert|medium-replay|full-replay|medium-expert"
+    if match := re.fullmatch(rf"(halfcheetah|hopper|walker2d|ant)-({kinds})-v2", env_id):
+        return match[1], "gym_mujoco_v2", f"{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
+    if match := re.fullmatch(r"(pen|door|hammer|relocate)-(human|cloned|expert)-v1", env_id):
+        return match[1], "hand_dapg_v1", f"{env_id}.hdf5"
+    if re.match(r"(antmaze-(umaze|medium|large)(-play|-diverse)?|kitchen-(complete|partial|mixed))-v\d$", env_id):
+        raise BadInput(f"--env-id {env_id}: D4RL's AntMaze and Kitchen are not supported yet (locomotion -v2 and Adroit "
+                       "-v1 are)")
+    if re.match(rf"((halfcheetah|hopper|walker2d|ant)-({kinds})|(pen|door|hammer|relocate)-\w+)-v\d$", env_id):
+        raise BadInput(f"--env-id {env_id}: of D4RL, only locomotion -v2 and Adroit human, cloned, expert -v1 are supported")
+    return None
+
+
+def minari_dataset(args):
+    """The Minari dataset of --env-id: from --dataset-path, else bundled beside this file, else Minari's own folder."""
+    import minari
+
+    bundled = pathlib.Path(__file__).resolve().parent / "data"
+    for root in (args.dataset_path, bundled):
+        if root and (pathlib.Path(root) / args.env_id / "data").is_dir():
+            try:
+                return minari.MinariDataset(pathlib.Path(root) / args.env_id / "data")
+            except (OSError, ValueError, KeyError) as error:
+                raise BadInput(f"{pathlib.Path(root) / args.env_id}: not a readable Minari dataset ({error})") from error
+    where = f"in {args.dataset_path}" if args.dataset_path else f"in {bundled} and Minari's folder"
+    ways = ("give --dataset-path FOLDER (the folder that holds NAMESPACE/...), copy the script's data/ folder beside it, or "
+            f"run `minari download {args.env_id}` on a machine with a network")
+    try:
+        if args.dataset_path or args.env_id == BUNDLED:
+            raise FileNotFoundError("no such folder")
+        try:
+            return minari.load_dataset(args.env_id)
+        except FileNotFoundError:
+            urllib.request.urlopen("https://huggingface.co", timeout=5).close()  # fails at once where Minari retries
+            return minari.load_dataset(args.env_id, download=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"--env-id {args.env_id}: no such Minari dataset {where} ({error}); {ways}") from error
+
+
+def make_env(args, **kwargs):
+    """The evaluation environment of --env-id: flat observations, actions in [-1, 1]. kwargs go to gymnasium.make."""
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # D4RL's tasks are -v4 on purpose
+    try:
+        if "-singletask" in args.env_id:
+            import ogbench
+
+            env = ogbench.make_env_and_datasets(args.env_id, env_only=True, success_timing="post", **kwargs)
+        elif task := d4rl_task(args.env_id):
+            env_id, options, _ = D4RL_TASKS[task[0]]
+            if env_id.startswith("Adroit"):
+                import gymnasium_robotics
+
+                gym.register_envs(gymnasium_robotics)
+            env = gym.make(env_id, **options, **kwargs)
+        elif is_minari(args):
+            env = minari_dataset(args).recover_environment(eval_env=True, **kwargs)
+        else:
+            env = gym.make(args.env_id, **kwargs)
+    except ModuleNotFoundError as error:
+        package = {"gymnasium_robotics": "gymnasium-robotics"}.get(error.name, error.name)
+        raise BadInput(f"--env-id {args.env_id} needs a package that is not installed: pip install {package}") from error
+    except gym.error.Error as error:
+        raise BadInput(f"--env-id {args.env_id}: no such environment ({error}); see --help for the kinds of names") from error
+    if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
+        env = gym.wrappers.FlattenObservation(env)  # every entry, the goal included
+    observations, actions = env.observation_space, env.action_space
+    if not (isinstance(observations, gym.spaces.Box) and len(observations.shape) == 1):
+        raise BadInput(f"--env-id {args.env_id}: observations must be flat vectors, not {observations}")
+    if not (isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and np.isfinite([actions.low, actions.high]).all()):
+        raise BadInput(f"--env-id {args.env_id}: actions must be vectors in a finite box, not {actions}")
+    if not (np.all(actions.low == -1) and np.all(actions.high == 1)):
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return env
+
+
+def is_minari(args):
+    """Whether --env-id is a Minari id: it has a namespace, and no HDF5 file stands in for the data."""
+    return "/" in args.env_id and not str(args.dataset_path or "").endswith((".hdf5", ".h5"))
+
+
+def reference_scores(args):
+    """Returns of a random and of an expert policy, for the normalised score; None where nobody defined them."""
+    if task := d4rl_task(args.env_id):
+        return D4RL_TASKS[task[0]][2]
+    if "-singletask" not in args.env_id and is_minari(args):
+        metadata = minari_dataset(args).storage.metadata
+        if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
+            return metadata["ref_min_score"], metadata["ref_max_score"]
+    return None
+
+
+def download_d4rl(folder, file, path):
+    """Fetches a D4RL file to `path`, from the first server of D4RL_URLS that has it; says which one served."""
+    failures = []
+    for url in (template.format(folder=folder, file=file) for template in D4RL_URLS):
+        partial = path.with_suffix(".part")
+        try:
+            with urllib.request.urlopen(url, timeout=10) as response:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                size = int(response.headers.get("Content-Length") or 0)
+                with open(partial, "wb") as out, tqdm(total=size or None, unit="B", unit_scale=True, desc=file) as bar:
+                    while chunk := response.read(1 << 20):
+                        out.write(chunk)
+                        bar.update(len(chunk))
+            if size and partial.stat().st_size != size:
+                raise OSError(f"{partial.stat().st_size} of {size} bytes came")
+            read_d4rl(partial)  # keys and row counts
+            os.replace(partial, path)
+            print(f"downloaded {url} to {path}")
+            return
+        except (OSError, BadInput) as error:  # URLError, HTTPError and timeouts are OSErrors
+            failures.append(f"{url}: {error}")
+            partial.unlink(missing_ok=True)
+    raise BadInput(f"{file} is not at {path} and no server gave it ({'; '.join(failures)}). Ways out: put the file there or "
+                   "give --dataset-path FILE; set D4RL_DATASET_DIR to a folder that has it; or run the bundled data with "
+                   f"`python {SCRIPT}.py`")
+
+
+def read_d4rl(path):
+    """The five arrays of an HDF5 file in D4RL's layout, and the environment it names, if it does."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            missing = {"observations", "actions", "rewards", "terminals", "timeouts"} - set(file)
+            if missing:
+                raise BadInput(f"{path}: the key {' and '.join(sorted(missing))} is missing (D4RL's layout needs it)")
+            data = {key: file[key][()] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+            env_id = file.attrs.get("env_id")
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file; give the path of an HDF5 file as --dataset-path") from error
+    except OSError as error:
+        raise BadInput(f"{path}: not a readable HDF5 file, perhaps truncated ({error}); fetch it again") from error
+    lengths = {key: len(value) for key, value in data.items()}
+    if len(set(lengths.values())) != 1 or not len(data["rewards"]):
+        raise BadInput(f"{path}: arrays of unequal or no length: {lengths}")
+    return data, env_id
+
+
+def transitions_of_d4rl(args):
+    """Transitions of a D4RL file. A row at a timeout has no next observation in the file and is left out, as is the
+    last row; termination and timeout stay apart."""
+    path = args.dataset_path
+    if path is None:
+        task = d4rl_task(args.env_id)
+        if task is None:
+            raise BadInput(f"--env-id {args.env_id}: not a D4RL, Minari (NAMESPACE/NAME-vN) or OGBench single-task name; "
+                           "for a Gymnasium environment give your data as --dataset-path FILE.hdf5; see --help")
+        path = pathlib.Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / task[2]
+        if not path.exists():
+            download_d4rl(task[1], task[2], path)
+    data, file_env_id = read_d4rl(path)
+    ours = D4RL_TASKS[d4rl_task(args.env_id)[0]][0] if d4rl_task(args.env_id) else args.env_id
+    if file_env_id and file_env_id.split("-v")[0] != ours.split("-v")[0]:
+        raise BadInput(f"{path} was recorded in {file_env_id}, but --env-id {args.env_id} means {ours}")
+    observations, timeouts = data["observations"], data["timeouts"].astype(bool)
+    terminals = data["terminals"].astype(bool)
+    keep = ~timeouts
+    keep[-1] = False
+    rows = np.flatnonzero(keep)
+    ends = np.flatnonzero(terminals | timeouts) + 1
+    returns = [data["rewards"][first:end].sum() for first, end in zip([0, *ends[:-1]], ends)]
+    return dict(observations=observations[rows], actions=data["actions"][rows], rewards=data["rewards"][rows],
+                masks=1.0 - terminals[rows], next_observations=observations[rows + 1]), returns
+
+
+def flatten_space(space, values):
+    """One array (T, ...) of a Minari episode's observations, entries in the order of gymnasium's FlattenObservation."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flatten_space(s, values[key]) for key, s in space.spaces.items()], axis=1)
+    if isinstance(space, gym.spaces.Tuple):
+        return np.concatenate([flatten_space(s, value) for s, value in zip(space.spaces, values)], axis=1)
+    return np.asarray(values).reshape(len(values), -1)
+
+
+def transitions_of_minari(args):
+    """Transitions of a Minari dataset, where every episode stores its last observation: no row is lost."""
+    dataset = minari_dataset(args)
+    columns, returns = {}, []
+    try:
+        for episode in dataset.iterate_episodes():
+            observations = flatten_space(dataset.observation_space, episode.observations)
+            parts = dict(observations=observations[:-1], actions=episode.actions, rewards=episode.rewards,
+                         masks=1.0 - episode.terminations, next_observations=observations[1:])
+            for key, value in parts.items():
+                columns.setdefault(key, []).append(np.asarray(value, dtype=np.float32))
+            returns.append(episode.rewards.sum())
+    except (OSError, KeyError, AssertionError) as error:
+        raise BadInput(f"the Minari dataset {args.env_id} cannot be read ({error}); delete and fetch it again") from error
+    return {key: np.concatenate(value) for key, value in columns.items()}, returns
+
+
+def transitions_of_ogbench(args):
+    """Transitions of an OGBench single-task dataset, rewards and masks as the package labels them."""
+    try:
+        import ogbench
+
+        _, data, _ = ogbench.make_env_and_datasets(args.env_id, dataset_path=args.dataset_path, success_timing="post")
+    except ModuleNotFoundError as error:
+        raise BadInput(f"--env-id {args.env_id} needs the package ogbench: pip install ogbench") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"OGBench data for {args.env_id} cannot be had ({error}): give the .npz file as --dataset-path, its "
+                       "-val.npz beside it; or fetch both into ~/.ogbench/data") from error
+    ends = np.flatnonzero(data["terminals"]) + 1
+    returns = [data["rewards"][first:end].sum() for first, end in zip([0, *ends[:-1]], ends)]
+    return {key: data[key] for key in ("observations", "actions", "rewards", "masks", "next_observations")}, returns
+
+
+def load_dataset(args, env):
+    """The transitions of --env-id as float32 arrays with N rows each, and the returns of the episodes.
+
+    Keys: observations and next_observations (N, O), actions (N, A) in (-1, 1), rewards (N,), masks (N,), which are
+    1 - termination: a time limit never stops bootstrapping. Raises BadInput for data that cannot be trained on.
+    """
+    if "-singletask" in args.env_id:
+        data, returns = transitions_of_ogbench(args)
+    elif not d4rl_task(args.env_id) and is_minari(args):
+        data, returns = transitions_of_minari(args)
+    else:
+        data, returns = transitions_of_d4rl(args)
+    name = args.dataset_path or args.env_id
+    data = {key: np.asarray(value, dtype=np.float32) for key, value in data.items()}
+    for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
+        if data[key].ndim != 2 or data[key].shape[1:] != space.shape:
+            raise BadInput(f"{name}: {key} have shape {data[key].shape[1:]}, but the environment of --env-id {args.env_id} "
+                           f"wants {space.shape}: is this another environment's data?")
+    for key, value in data.items():
+        bad = ~np.isfinite(value.reshape(len(value), -1)).all(1)
+        if bad.any():
+            raise BadInput(f"{name}: {key} has {bad.sum()} rows with NaN or infinity, the first is row {bad.argmax()}")
+    box = env.env.action_space if isinstance(env, gym.wrappers.RescaleAction) else env.action_space
+    data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    outside = np.abs(data["actions"]).max(1) > 1 + 1e-4
+    if outside.any():
+        raise BadInput(f"{name}: {outside.sum()} actions lie outside the action box {box.low.min():g}..{box.high.max():g}, "
+                       f"the first in row {outside.argmax()}")
+    data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
+    return data, np.array(returns, dtype=np.float64)
+
+
+def normalized_score(returns, reference):
+    """Returns in percent of the way from the random to the expert reference return."""
+    return 100 * (returns - reference[0]) / (reference[1] - reference[0])
+
+
+# ---------------------------------------------------------------- replay
+def sample(replay, batch_size):
+    """A uniform batch, with replacement, drawn where the replay tensors live."""
+    rewards = replay["rewards"]
+    index = torch.randint(len(rewards), (batch_size,), device=rewards.device)
+    return {key: value[index] for key, value in replay.items()}
+
+
+# ---------------------------------------------------------------- evaluation
+def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
+    """Runs --eval-episodes episodes side by side, episode i seeded with 1000 * seed + i, and returns the eval/ metrics.
+
+    The environments and the random generator are its own, so training does not notice.
+    """
+
+    def make(index):
+        if video_dir is None or index > 0:
+            return make_env(args)
+        env = make_env(args, render_mode="rgb_array")
+        return gym.wrappers.RecordVideo(env, str(video_dir), name_prefix=f"step-{agent.step}", disable_logger=True,
+                                        episode_trigger=lambda episode: episode == 0)
+
+    generator = torch.Generator(agent.device).manual_seed(args.seed)
+    returns, lengths, successes, reports_success = [], [], [], False
+    for first in range(0, args.eval_episodes, 50):  # at most 50 environments at a time
+        count = min(50, args.eval_episodes - first)
+        envs = gym.vector.SyncVectorEnv([lambda i=i: make(first + i) for i in range(count)])
+        observations, _ = envs.reset(seed=[1000 * args.seed + first + i for i in range(count)])
+        total, length = np.zeros(count), np.zeros(count, dtype=int)
+        success, running = np.zeros(count, dtype=bool), np.ones(count, dtype=bool)
+        while running.any():  # an environment that is done goes on until all are, but no longer counts
+            actions = agent.act(torch.as_tensor(observations, dtype=torch.float32, device=agent.device),
+                                num_candidates, generator)
+            observations, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
+            total += rewards * running
+            length += running
+            if "success" in infos:
+                reports_success = True
+                success |= running & np.asarray(infos["success"], dtype=bool)
+            running &= ~(terminated | truncated)
+        envs.close()
+        returns, lengths, successes = [*returns, *total], [*lengths, *length], [*successes, *success]
+    metrics = {"eval/episodic_return": float(np.mean(returns)), "eval/episodic_return_std": float(np.std(returns)),
+               "eval/episodic_length": float(np.mean(lengths))}
+    if reference is not None:
+        metrics["eval/normalized_score"] = float(normalized_score(np.mean(returns), reference))
+    if reports_success:
+        metrics["eval/success_rate"] = float(np.mean(successes))
+    return metrics
+
+
+# ---------------------------------------------------------------- checkpoint and log
+def save(state, path):
+    """Writes a checkpoint so that `path` is always a whole file: to a temporary name, flushed, renamed."""
+    partial = path.with_suffix(".tmp")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load(path):
+    """Reads a checkpoint of this script, as data only (nothing in the file is executed)."""
+    path = pathlib.Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such checkpoint; give a run folder, its checkpoint.pt or its policy.pt") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise BadInput(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        written = state.get("script") if isinstance(state, dict) else None
+        raise BadInput(f"{path}: a checkpoint of {written or 'something else'}, not of {SCRIPT}")
+    return path, state
+
+
+def random_state():
+    """State of the generators that training draws from."""
+    state = dict(cpu=torch.get_rng_state())
+    return dict(state, cuda=torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else state
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def fingerprint(data):
+    """SHA-256 over all arrays: tells whether a resumed run sees the data that it began with."""
+    digest = hashlib.sha256()
+    for key in sorted(data):
+        digest.update(np.ascontiguousarray(data[key]))
+    return digest.hexdigest()
+
+
+def versions():
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "gymnasium", "mujoco", "minari"):
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+class Log:
+    """Rows of metrics, in metrics.jsonl and, with --track, in wandb."""
+
+    def __init__(self, run_dir, args, offset=None):
+        self.path = run_dir / "metrics.jsonl"
+        if offset is not None:  # rows written after the checkpoint will be written again
+            os.truncate(self.path, offset)
+        self.file = open(self.path, "a")
+        self.wandb = None
+        if args.track:
+            try:
+                import wandb
+            except ModuleNotFoundError as error:
+                raise BadInput("--track needs wandb: pip install wandb") from error
+            try:
+                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                        id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
+            except wandb.errors.Error as error:
+                raise BadInput(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from error
+
+    def __call__(self, step, metrics):
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def close(self):
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def parse_args(argv=None):
+    """Flags, over the values of the checkpoint that --resume or --evaluate names, or else over the task's defaults.
+
+    Returns the args, the checkpoint's path and the checkpoint (both None without one).
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("env-id", "resume", "evaluate"):
+        peek.add_argument(f"--{flag}", f"--{flag.replace('-', '_')}")
+    given, _ = peek.parse_known_args(argv)
+    if given.resume or given.evaluate:
+        path, checkpoint = load(given.resume or given.evaluate)
+        known = {key: value for key, value in checkpoint["args"].items() if key in Args.__dataclass_fields__}
+        defaults = Args(**known)
+    else:
+        path = checkpoint = None
+        env_id = given.env_id or Args.env_id
+        defaults = Args(env_id=env_id, **task_defaults(env_id))
+    args = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n")[0])
+    for key, value in asdict(args).items():
+        if key.endswith(("steps", "size", "interval", "episodes", "candidates", "width", "depth")) and value < 1:
+            raise BadInput(f"--{key.replace('_', '-')} {value}: must be at least 1")
+        if key in ("gamma", "tau") and not 0 <= value <= 1:
+            raise BadInput(f"--{key} {value}: must lie between 0 and 1")
+        if checkpoint is not None and key not in ("resume", "evaluate") and value != getattr(defaults, key):
+            print(f"--{key.replace('_', '-')}: {value} instead of the checkpoint's {getattr(defaults, key)}")
+    return args, path, checkpoint
+
+
+def make_device(args):
+    if args.cuda and torch.cuda.is_available():
+        return torch.device("cuda")
+    if args.cuda:
+        print("no CUDA device: running on the CPU")
+    return torch.device("cpu")
+
+
+def main(argv=None):
+    """Runs the command line `argv` and returns the exit code: 0 done, 3 non-finite loss, 130 interrupted."""
+    args, checkpoint_path, checkpoint = parse_args(argv)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs for --torch-deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    device = make_device(args)
+    env = make_env(args)
+    reference = reference_scores(args)
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    torch.manual_seed(args.seed)
+
+    def build_agent(obs_mean, obs_std):
+        agent = Agent(obs_dim, act_dim, obs_mean, obs_std, args, device)
+        if checkpoint is None:
+            return agent
+        try:
+            agent.load_policy_state(checkpoint["policy"])
+            agent.step = checkpoint["step"]
+            if args.resume:
+                agent.load_training_state(checkpoint["training"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise BadInput(f"{checkpoint_path} does not fit this environment and these flags, or is a policy.pt, which "
+                           f"cannot be resumed ({str(error).splitlines()[0]})") from error
+        return agent
+
+    if args.evaluate:
+        agent = build_agent(torch.zeros(obs_dim), torch.ones(obs_dim))
+        candidates = args.num_candidates_eval or args.num_candidates
+        video_dir = checkpoint_path.parent / "videos" if args.capture_video else None
+        metrics = evaluate(agent, args, candidates, reference, video_dir)
+        print(json.dumps({"step": agent.step, "num_candidates": candidates, **metrics}))
+        return 0
+
+    data, data_returns = load_dataset(args, env)
+    summary = {"transitions": len(data["rewards"]), "episodes": len(data_returns), "sha256": fingerprint(data),
+               "mean_return": float(data_returns.mean()), "best_return": float(data_returns.max())}
+    if reference is not None:
+        summary["normalized_score"] = float(normalized_score(data_returns.mean(), reference))
+    if checkpoint is not None and checkpoint["data"]["sha256"] != summary["sha256"]:
+        raise BadInput(f"{checkpoint_path} was trained on other data than {args.dataset_path or args.env_id} holds now")
+    obs_mean, obs_std = torch.zeros(obs_dim), torch.ones(obs_dim)
+    if args.observation_normalization == "dataset":
+        obs_mean = torch.as_tensor(data["observations"].mean(0, dtype=np.float64), dtype=torch.float32)
+        obs_std = torch.as_tensor(data["observations"].std(0, dtype=np.float64), dtype=torch.float32)
+        obs_std[obs_std < 1e-6] = 1.0
+    agent = build_agent(obs_mean, obs_std)
+    replay = {key: torch.as_tensor(value, device=device) for key, value in data.items()}
+    del data
+    for key in ("observations", "next_observations"):
+        replay[key] = (replay[key] - agent.obs_mean) / agent.obs_std
+
+    try:
+        if args.resume:
+            run_dir = checkpoint_path.parent
+        else:
+            name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+            run_dir = pathlib.Path(args.runs_dir) / name
+            run_dir.mkdir(parents=True)
+        log = Log(run_dir, args, checkpoint["log_offset"] if args.resume else None)
+        (run_dir / "args.json").write_text(json.dumps(
+            {"args": asdict(args), "data": summary, "versions": versions(), "device": str(device),
+             "threads": torch.get_num_threads()}, indent=2))
+    except OSError as error:
+        raise BadInput(f"the run folder cannot be written ({error}): give another --runs-dir") from error
+    print(f"{args.env_id}: {summary['transitions']} transitions, {summary['episodes']} episodes, mean return "
+          f"{summary['mean_return']:.1f}, best {summary['best_return']:.1f}; run folder {run_dir}")
+
+    def save_all():
+        state = dict(script=SCRIPT, args=asdict(args), step=agent.step, data=summary, policy=agent.policy_state())
+        save(state, run_dir / "policy.pt")
+        save(dict(state, training=agent.training_state(), random=random_state(), log_offset=log.file.tell()),
+             run_dir / "checkpoint.pt")
+
+    def evaluate_and_log(prefix="eval/", candidates=args.num_candidates_eval or args.num_candidates):
+        video_dir = run_dir / "videos" if args.capture_video else None
+        metrics = evaluate(agent, args, candidates, reference, video_dir)
+        log(agent.step, {key.replace("eval/", prefix): value for key, value in metrics.items()})
+        text = ", ".join(f"{key.removeprefix('eval/')} {value:.3g}" for key, value in metrics.items())
+        tqdm.write(f"step {agent.step}, N = {candidates}: {text}")
+
+    interrupted = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # the second signal of a kind ends the process at once
+        signal.signal(number, lambda n, frame: (interrupted.append(n), signal.signal(n, signal.SIG_DFL)))
+    if checkpoint is not None:
+        set_random_state(checkpoint["random"])
+    clock, clock_step = time.time(), agent.step
+    bar = tqdm(total=args.offline_steps, initial=agent.step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
+    while agent.step < args.offline_steps and not interrupted:
+        parts = agent.update(sample(replay, args.batch_size))
+        bar.update()
+        last = agent.step == args.offline_steps or bool(interrupted)
+        save_due = agent.step % args.checkpoint_interval == 0 or last
+        if agent.step % args.log_interval == 0 or save_due:
+            values = {f"losses/{name}": value.item() for name, value in parts.items()}
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    print(f"{SCRIPT}: step {agent.step}: {name} is {value}; the last good checkpoint, if any, is "
+                          f"{run_dir / 'checkpoint.pt'}", file=sys.stderr)
+                    return 3
+            if agent.step % args.log_interval == 0:
+                ups = (agent.step - clock_step) / (time.time() - clock)
+                clock, clock_step = time.time(), agent.step
+                log(agent.step, {"charts/UPS": ups, "charts/alpha": agent.alpha.item(),
+                                 "charts/actor_learning_rate": actor_learning_rate(agent.step - 1, args), **values})
+        if agent.step % args.eval_interval == 0 and not last:
+            evaluate_and_log()
+            clock, clock_step = time.time(), agent.step
+        if save_due:
+            save_all()
+    bar.close()
+    if interrupted:
+        print(f"interrupted at step {agent.step}, state saved; continue with: python {SCRIPT}.py --resume {run_dir}")
+        log.close()
+        return 130
+    evaluate_and_log()
+    evaluate_and_log("eval_n1/", 1)
+    log.close()
+    print(f"data: mean return {summary['mean_return']:.1f}; run folder {run_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BadInput as error:
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        sys.exit(2)
