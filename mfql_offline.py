@@ -19,7 +19,7 @@ critic picks among N sampled actions and its gradient improves g directly. The e
   (9) alpha <- 1.2 alpha if L_MFI > 5 avg, 0.8 alpha if L_MFI < avg / 5, every 2000 steps
 
 Deviations from the authors' code, each for a reason:
-- Attention over the single token is written as the linear map that it is; q, k and their norms carry no gradient there.
+- Attention over the single token is written as the linear map that it is: q, k and their norms have no gradient.
 - alpha's rule (9) acts from the next step on instead of within the same step, and the mask over its window reads the
   stored values (the authors' mask reads empty slots until 20 values are in, which raises alpha in short runs).
 - Observation statistics are those of the data rows, not of a 2M-row buffer padded with zeros.
@@ -38,14 +38,14 @@ import pathlib
 import pickle
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
-import urllib.error
 import urllib.request
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -63,11 +63,11 @@ SCRIPT = pathlib.Path(__file__).stem
 class Args:
     # ---- experiment: the same in every script ----
     env_id: str = "meanflow/hopper/medium-replay-v0"
-    """dataset and environment: a D4RL name (hopper-medium-v2, door-human-v1), a Minari id (mujoco/hopper/medium-v0), an
-    OGBench single-task name (cube-single-play-singletask-task2-v0), or a Gymnasium id together with --dataset-path"""
+    """data and environment: a D4RL name (hopper-medium-v2), a Minari id (mujoco/hopper/medium-v0), an OGBench task
+    (cube-single-play-singletask-task2-v0), or a Gymnasium id (Hopper-v5) together with --dataset-path"""
     dataset_path: str | None = None
-    """where the data lies, if not at the usual place: the HDF5 file (D4RL layout), the OGBench .npz file, or for a Minari
-    id the folder that stands for ~/.minari/datasets"""
+    """where the data lies if not at the usual place: an HDF5 file (D4RL layout), an OGBench .npz file, or for a
+    Minari id the folder that stands for ~/.minari/datasets"""
     seed: int = 1
     """seed of the networks, the batches, the noise and the evaluation episodes"""
     cuda: bool = True
@@ -374,7 +374,7 @@ def actor_learning_rate(step, args):
 
 
 def next_alpha(alpha, history, l_mfi, step, args):
-    """alpha after gradient step number `step`: Eq. (9), or its cosine, or itself. Appends to `history` (window of 20)."""
+    """alpha after gradient step number `step`; `history` is the window of the last 20 checked losses."""
     if args.alpha_schedule == "cosine":
         return args.alpha * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(step / args.offline_steps, 1.0))))
     if args.alpha_schedule == "constant" or step % 2000 != 0:
@@ -391,31 +391,34 @@ def next_alpha(alpha, history, l_mfi, step, args):
     return alpha
 
 
-class Agent:
-    """Networks, optimisers and schedules of MFQL; `update` is one gradient step, `act` is Eq. (5)."""
+class Agent(nn.Module):
+    """Networks, optimisers and schedules of MFQL: `update` is one gradient step, `act` is Eq. (5)."""
 
-    def __init__(self, obs_dim, act_dim, obs_mean, obs_std, args, device):
-        self.args, self.device, self.step = args, device, 0
-        self.obs_mean, self.obs_std = obs_mean.to(device), obs_std.to(device)
-        self.policy = Policy(obs_dim, act_dim, args.policy_width, args.policy_depth).to(device)
-        self.critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth).to(device)
-        self.target_critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth).to(device)
+    def __init__(self, obs_dim, act_dim, args, device):
+        super().__init__()
+        self.args, self.step, self.alpha_history = args, 0, []
+        self.policy = Policy(obs_dim, act_dim, args.policy_width, args.policy_depth)
+        self.critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth)
+        self.target_critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
-        fast = dict(fused=True, capturable=device.type == "cuda")
-        self.actor_optimizer = torch.optim.Adam(self.policy.parameters(), lr=torch.tensor(0.0, device=device), **fast)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_learning_rate, **fast)
-        self.alpha, self.alpha_history = torch.tensor(float(args.alpha), device=device), []
+        self.register_buffer("alpha", torch.tensor(float(args.alpha)))
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.to(device)
+        adam = dict(fused=True, capturable=device.type == "cuda")
+        self.actor_optimizer = torch.optim.Adam(self.policy.parameters(), lr=torch.zeros((), device=device), **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_learning_rate, **adam)
         self.losses = torch.compile(losses) if args.compile else losses
 
     def update(self, batch):
         """One gradient step on a batch of normalised observations; returns the losses as device scalars."""
-        args, (batch_size, act_dim) = self.args, batch["actions"].shape
+        args, device, (batch_size, act_dim) = self.args, self.alpha.device, batch["actions"].shape
         draws = (
-            torch.randn(batch_size, act_dim, device=self.device),  # e of Eq. (1)
-            sample_time(batch_size, args.time_steps, self.device),
-            torch.randn(batch_size, act_dim, device=self.device),  # e of Eq. (7)
-            torch.randn(batch_size, args.num_candidates_target or args.num_candidates, act_dim, device=self.device),
+            torch.randn(batch_size, act_dim, device=device),  # e of Eq. (1)
+            sample_time(batch_size, args.time_steps, device),
+            torch.randn(batch_size, act_dim, device=device),  # e of Eq. (7)
+            torch.randn(batch_size, args.num_candidates_target or args.num_candidates, act_dim, device=device),
         )
         total, parts = self.losses(self.policy, self.critic, self.target_critic, batch, draws, self.alpha, args)
         self.actor_optimizer.zero_grad()
@@ -428,309 +431,270 @@ class Agent:
         self.critic_optimizer.step()
         torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
         self.step += 1
-        if args.alpha_schedule != "constant":
-            alpha = next_alpha(self.alpha, self.alpha_history, parts["mean_flow"], self.step, args)
-            self.alpha.fill_(alpha)
+        self.alpha.fill_(next_alpha(self.alpha, self.alpha_history, parts["mean_flow"], self.step, args))
         return parts
 
     @torch.no_grad()
     def act(self, observations, num_candidates, generator):
-        """Best of `num_candidates` one-step actions, (B, A) in [-1, 1], for raw observations (B, O)."""
+        """Best of `num_candidates` one-step actions, (B, A) in [-1, 1], for raw observations (B, O). Eq. (5)"""
         observations = (observations - self.obs_mean) / self.obs_std
         shape = len(observations), num_candidates, self.policy.final.out_features
-        noise = torch.randn(shape, device=self.device, generator=generator)
+        noise = torch.randn(shape, device=observations.device, generator=generator)
         return best_of_n(self.policy, self.target_critic, observations, noise, self.args)[0]
 
-    def policy_state(self):
-        """What acting needs."""
-        return dict(policy=self.policy.state_dict(), target_critic=self.target_critic.state_dict(),
-                    obs_mean=self.obs_mean, obs_std=self.obs_std)
-
-    def load_policy_state(self, state):
-        self.policy.load_state_dict(state["policy"])
-        self.target_critic.load_state_dict(state["target_critic"])
-        self.obs_mean, self.obs_std = state["obs_mean"].to(self.device), state["obs_std"].to(self.device)
-
     def training_state(self):
-        """What continuing needs besides."""
-        return dict(critic=self.critic.state_dict(), actor_optimizer=self.actor_optimizer.state_dict(),
-                    critic_optimizer=self.critic_optimizer.state_dict(), step=self.step, alpha=self.alpha,
-                    alpha_history=self.alpha_history)
+        """What continuing needs besides `state_dict()`."""
+        return dict(actor_optimizer=self.actor_optimizer.state_dict(), alpha_history=self.alpha_history,
+                    critic_optimizer=self.critic_optimizer.state_dict())
 
     def load_training_state(self, state):
-        self.critic.load_state_dict(state["critic"])
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.step, self.alpha_history = state["step"], list(state["alpha_history"])
-        self.alpha.copy_(state["alpha"])
+        self.alpha_history = list(state["alpha_history"])
 
 
 # ---------------------------------------------------------------- data
 class BadInput(Exception):
-    """Something that the user can mend. Printed as one line on stderr; the exit code is 2."""
+    """Something that the user can mend: one line on stderr, exit code 2."""
 
 
 D4RL_URLS = (  # tried in this order
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{folder}/{file}",
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
 )
-D4RL_TASKS = {  # successor of D4RL's environment, its options, and D4RL's reference returns (random, expert)
-    "hopper": ("Hopper-v4", {}, (-20.272305, 3234.3)),
-    "halfcheetah": ("HalfCheetah-v4", {}, (-280.178953, 12135.0)),
-    "walker2d": ("Walker2d-v4", {}, (1.629008, 4592.3)),
-    "ant": ("Ant-v4", {"use_contact_forces": True}, (-325.6, 3879.7)),
-    "pen": ("AdroitHandPen-v1", {}, (96.262799, 3076.8331017826877)),
-    "door": ("AdroitHandDoor-v1", {}, (-56.512833, 2880.5693087298737)),
-    "hammer": ("AdroitHandHammer-v1", {}, (-274.856578, 12794.134825156867)),
-    "relocate": ("AdroitHandRelocate-v1", {}, (-6.425911, 4233.877797728884)),
+D4RL_TASKS = {  # successor of D4RL's environment, and D4RL's reference returns (random, expert)
+    "hopper": ("Hopper-v4", (-20.272305, 3234.3)),
+    "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
+    "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
+    "ant": ("Ant-v4", (-325.6, 3879.7)),
+    "pen": ("AdroitHandPen-v1", (96.262799, 3076.8331017826877)),
+    "door": ("AdroitHandDoor-v1", (-56.512833, 2880.5693087298737)),
+    "hammer": ("AdroitHandHammer-v1", (-274.856578, 12794.134825156867)),
+    "relocate": ("AdroitHandRelocate-v1", (-6.425911, 4233.877797728884)),
 }
 
 
 def d4rl_task(env_id):
-    """(task, folder on the server, file name) of a D4RL name, or None if it is not one."""
+    """(task, folder on the server, file) of a D4RL name; None if it is not one."""
     kinds = "random|medium|expert|medium-replay|full-replay|medium-expert"
     if match := re.fullmatch(rf"(halfcheetah|hopper|walker2d|ant)-({kinds})-v2", env_id):
         return match[1], "gym_mujoco_v2", f"{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
     if match := re.fullmatch(r"(pen|door|hammer|relocate)-(human|cloned|expert)-v1", env_id):
         return match[1], "hand_dapg_v1", f"{env_id}.hdf5"
-    if re.match(r"(antmaze-(umaze|medium|large)(-play|-diverse)?|kitchen-(complete|partial|mixed))-v\d$", env_id):
-        raise BadInput(f"--env-id {env_id}: D4RL's AntMaze and Kitchen are not supported yet (locomotion -v2 and Adroit "
-                       "-v1 are)")
-    if re.match(rf"((halfcheetah|hopper|walker2d|ant)-({kinds})|(pen|door|hammer|relocate)-\w+)-v\d$", env_id):
-        raise BadInput(f"--env-id {env_id}: of D4RL, only locomotion -v2 and Adroit human, cloned, expert -v1 are supported")
+    if re.fullmatch(rf"(antmaze|kitchen|pen|door|hammer|relocate)-[a-z-]+-v\d|[a-z0-9]+-({kinds})-v\d", env_id):
+        raise BadInput(f"--env-id {env_id} is not supported yet; of D4RL, locomotion -v2 (hopper, halfcheetah, "
+                       "walker2d, ant) and Adroit -v1 (human, cloned, expert) are")
     return None
 
 
+def source(args):
+    """Which kind of name --env-id is: ogbench, d4rl, minari or gymnasium."""
+    if "-singletask" in args.env_id:
+        return "ogbench"
+    if d4rl_task(args.env_id):
+        return "d4rl"
+    has_file = str(args.dataset_path).endswith((".hdf5", ".h5"))
+    return "minari" if "/" in args.env_id and not has_file else "gymnasium"
+
+
 def minari_dataset(args):
-    """The Minari dataset of --env-id: from --dataset-path, else bundled beside this file, else Minari's own folder."""
+    """The Minari dataset --env-id: under --dataset-path, or else bundled beside this file, or else in Minari's folder
+    (downloaded there if need be)."""
     import minari
+    from minari.storage import get_dataset_path
 
     bundled = pathlib.Path(__file__).resolve().parent / "data"
-    for root in (args.dataset_path, bundled):
-        if root and (pathlib.Path(root) / args.env_id / "data").is_dir():
-            try:
-                return minari.MinariDataset(pathlib.Path(root) / args.env_id / "data")
-            except (OSError, ValueError, KeyError) as error:
-                raise BadInput(f"{pathlib.Path(root) / args.env_id}: not a readable Minari dataset ({error})") from error
-    where = f"in {args.dataset_path}" if args.dataset_path else f"in {bundled} and Minari's folder"
-    ways = ("give --dataset-path FOLDER (the folder that holds NAMESPACE/...), copy the script's data/ folder beside it, or "
-            f"run `minari download {args.env_id}` on a machine with a network")
+    folder = pathlib.Path(args.dataset_path or bundled) / args.env_id / "data"
     try:
-        if args.dataset_path or args.env_id == BUNDLED:
-            raise FileNotFoundError("no such folder")
-        try:
-            return minari.load_dataset(args.env_id)
-        except FileNotFoundError:
-            urllib.request.urlopen("https://huggingface.co", timeout=5).close()  # fails at once where Minari retries
-            return minari.load_dataset(args.env_id, download=True)
+        if folder.exists() or args.dataset_path or args.env_id == BUNDLED:
+            return minari.MinariDataset(folder)
+        if not get_dataset_path(args.env_id).exists():
+            urllib.request.urlopen("https://huggingface.co", timeout=10).close()  # fails at once, where Minari retries
+        return minari.load_dataset(args.env_id, download=True)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"--env-id {args.env_id}: no such Minari dataset {where} ({error}); {ways}") from error
+        raise BadInput(f"Minari dataset {args.env_id}: {error}. Ways out: give the folder that holds it as "
+                       f"--dataset-path; run `minari download {args.env_id}` where there is a network; or run the "
+                       f"bundled data, `python {SCRIPT}.py`, with the folder data/ beside the script") from error
 
 
 def make_env(args, **kwargs):
-    """The evaluation environment of --env-id: flat observations, actions in [-1, 1]. kwargs go to gymnasium.make."""
+    """The environment of --env-id with flat observations and actions in [-1, 1]; kwargs go to gymnasium.make."""
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # D4RL's tasks are -v4 on purpose
     try:
-        if "-singletask" in args.env_id:
+        if source(args) == "ogbench":
             import ogbench
 
             env = ogbench.make_env_and_datasets(args.env_id, env_only=True, success_timing="post", **kwargs)
-        elif task := d4rl_task(args.env_id):
-            env_id, options, _ = D4RL_TASKS[task[0]]
+        elif source(args) == "minari":
+            env = minari_dataset(args).recover_environment(eval_env=True, **kwargs)
+        else:
+            env_id = D4RL_TASKS[d4rl_task(args.env_id)[0]][0] if source(args) == "d4rl" else args.env_id
             if env_id.startswith("Adroit"):
                 import gymnasium_robotics
 
                 gym.register_envs(gymnasium_robotics)
-            env = gym.make(env_id, **options, **kwargs)
-        elif is_minari(args):
-            env = minari_dataset(args).recover_environment(eval_env=True, **kwargs)
-        else:
-            env = gym.make(args.env_id, **kwargs)
+            if env_id == "Ant-v4":
+                kwargs["use_contact_forces"] = True  # D4RL's observation has them
+            env = gym.make(env_id, **kwargs)
     except ModuleNotFoundError as error:
-        package = {"gymnasium_robotics": "gymnasium-robotics"}.get(error.name, error.name)
-        raise BadInput(f"--env-id {args.env_id} needs a package that is not installed: pip install {package}") from error
+        package = error.name.replace("_", "-")
+        raise BadInput(f"--env-id {args.env_id} needs a package: pip install {package}") from error
     except gym.error.Error as error:
-        raise BadInput(f"--env-id {args.env_id}: no such environment ({error}); see --help for the kinds of names") from error
+        raise BadInput(f"--env-id {args.env_id}: no such environment ({error}); see --help") from error
     if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
         env = gym.wrappers.FlattenObservation(env)  # every entry, the goal included
-    observations, actions = env.observation_space, env.action_space
-    if not (isinstance(observations, gym.spaces.Box) and len(observations.shape) == 1):
-        raise BadInput(f"--env-id {args.env_id}: observations must be flat vectors, not {observations}")
-    if not (isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and np.isfinite([actions.low, actions.high]).all()):
-        raise BadInput(f"--env-id {args.env_id}: actions must be vectors in a finite box, not {actions}")
-    if not (np.all(actions.low == -1) and np.all(actions.high == 1)):
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    return env
-
-
-def is_minari(args):
-    """Whether --env-id is a Minari id: it has a namespace, and no HDF5 file stands in for the data."""
-    return "/" in args.env_id and not str(args.dataset_path or "").endswith((".hdf5", ".h5"))
+    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
+        if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+            raise BadInput(f"--env-id {args.env_id}: {name} must be flat vectors of numbers, not {space}")
+    if (env.action_space.low == -1).all() and (env.action_space.high == 1).all():
+        return env
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 def reference_scores(args):
     """Returns of a random and of an expert policy, for the normalised score; None where nobody defined them."""
-    if task := d4rl_task(args.env_id):
-        return D4RL_TASKS[task[0]][2]
-    if "-singletask" not in args.env_id and is_minari(args):
-        metadata = minari_dataset(args).storage.metadata
-        if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
-            return metadata["ref_min_score"], metadata["ref_max_score"]
-    return None
+    if source(args) == "d4rl":
+        return D4RL_TASKS[d4rl_task(args.env_id)[0]][1]
+    metadata = minari_dataset(args).storage.metadata if source(args) == "minari" else {}
+    reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return None if None in reference else reference
+
+
+def normalized_score(episodic_return, reference):
+    """A return in percent of the way from the random to the expert reference."""
+    return 100 * (episodic_return - reference[0]) / (reference[1] - reference[0])
 
 
 def download_d4rl(folder, file, path):
-    """Fetches a D4RL file to `path`, from the first server of D4RL_URLS that has it; says which one served."""
-    failures = []
+    """Fetches a D4RL file to `path` from the first of D4RL_URLS that has it whole, and says which one served."""
+    failures, partial = [], path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     for url in (template.format(folder=folder, file=file) for template in D4RL_URLS):
-        partial = path.with_suffix(".part")
         try:
-            with urllib.request.urlopen(url, timeout=10) as response:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=10) as response, open(partial, "wb") as out:
                 size = int(response.headers.get("Content-Length") or 0)
-                with open(partial, "wb") as out, tqdm(total=size or None, unit="B", unit_scale=True, desc=file) as bar:
-                    while chunk := response.read(1 << 20):
-                        out.write(chunk)
-                        bar.update(len(chunk))
+                with tqdm.wrapattr(out, "write", total=size or None, desc=file) as bar:
+                    shutil.copyfileobj(response, bar)
             if size and partial.stat().st_size != size:
-                raise OSError(f"{partial.stat().st_size} of {size} bytes came")
+                raise OSError(f"only {partial.stat().st_size} of {size} bytes came")
             read_d4rl(partial)  # keys and row counts
             os.replace(partial, path)
-            print(f"downloaded {url} to {path}")
+            print(f"downloaded {path} from {url}")
             return
-        except (OSError, BadInput) as error:  # URLError, HTTPError and timeouts are OSErrors
+        except (OSError, BadInput) as error:  # no route, HTTP errors and timeouts are OSErrors
             failures.append(f"{url}: {error}")
             partial.unlink(missing_ok=True)
-    raise BadInput(f"{file} is not at {path} and no server gave it ({'; '.join(failures)}). Ways out: put the file there or "
-                   "give --dataset-path FILE; set D4RL_DATASET_DIR to a folder that has it; or run the bundled data with "
+    raise BadInput(f"{path} does not exist and no server gave it ({'; '.join(failures)}). Ways out: give the file as "
+                   "--dataset-path; put it there or set D4RL_DATASET_DIR to where it lies; or run the bundled data, "
                    f"`python {SCRIPT}.py`")
 
 
 def read_d4rl(path):
-    """The five arrays of an HDF5 file in D4RL's layout, and the environment it names, if it does."""
+    """The five arrays of an HDF5 file in D4RL's layout, and the name of the environment if the file has it."""
     import h5py
 
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     try:
         with h5py.File(path, "r") as file:
-            missing = {"observations", "actions", "rewards", "terminals", "timeouts"} - set(file)
-            if missing:
-                raise BadInput(f"{path}: the key {' and '.join(sorted(missing))} is missing (D4RL's layout needs it)")
-            data = {key: file[key][()] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
-            env_id = file.attrs.get("env_id")
-    except FileNotFoundError as error:
-        raise BadInput(f"{path}: no such file; give the path of an HDF5 file as --dataset-path") from error
+            if missing := [key for key in keys if key not in file]:
+                raise BadInput(f"{path}: {' and '.join(missing)} missing; D4RL's layout has {', '.join(keys)}")
+            data, env_id = {key: file[key][()] for key in keys}, file.attrs.get("env_id")
     except OSError as error:
-        raise BadInput(f"{path}: not a readable HDF5 file, perhaps truncated ({error}); fetch it again") from error
-    lengths = {key: len(value) for key, value in data.items()}
-    if len(set(lengths.values())) != 1 or not len(data["rewards"]):
-        raise BadInput(f"{path}: arrays of unequal or no length: {lengths}")
+        raise BadInput(f"{path}: missing, truncated or not an HDF5 file ({error})") from error
+    if len({len(value) for value in data.values()}) != 1 or len(data["rewards"]) == 0:
+        raise BadInput(f"{path}: lengths differ or are 0: " + ", ".join(f"{key} {len(data[key])}" for key in keys))
     return data, env_id
 
 
-def transitions_of_d4rl(args):
-    """Transitions of a D4RL file. A row at a timeout has no next observation in the file and is left out, as is the
-    last row; termination and timeout stay apart."""
-    path = args.dataset_path
+def episode_returns(rewards, ends):
+    """The sum of rewards of every episode that ends, given the flags of last rows."""
+    ends = np.flatnonzero(ends) + 1
+    return [rewards[first:end].sum() for first, end in zip([0, *ends[:-1]], ends)]
+
+
+def load_d4rl(args):
+    """A row at a timeout has no next observation in the file and is left out, as is the last row."""
+    path, task = args.dataset_path, d4rl_task(args.env_id)
+    if path is None and task is None:
+        raise BadInput(f"--env-id {args.env_id}: not a D4RL name, Minari id (NAMESPACE/NAME-vN) or OGBench single "
+                       "task; for a Gymnasium environment give its data as --dataset-path FILE.hdf5")
     if path is None:
-        task = d4rl_task(args.env_id)
-        if task is None:
-            raise BadInput(f"--env-id {args.env_id}: not a D4RL, Minari (NAMESPACE/NAME-vN) or OGBench single-task name; "
-                           "for a Gymnasium environment give your data as --dataset-path FILE.hdf5; see --help")
         path = pathlib.Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / task[2]
         if not path.exists():
             download_d4rl(task[1], task[2], path)
-    data, file_env_id = read_d4rl(path)
-    ours = D4RL_TASKS[d4rl_task(args.env_id)[0]][0] if d4rl_task(args.env_id) else args.env_id
-    if file_env_id and file_env_id.split("-v")[0] != ours.split("-v")[0]:
-        raise BadInput(f"{path} was recorded in {file_env_id}, but --env-id {args.env_id} means {ours}")
-    observations, timeouts = data["observations"], data["timeouts"].astype(bool)
-    terminals = data["terminals"].astype(bool)
-    keep = ~timeouts
-    keep[-1] = False
-    rows = np.flatnonzero(keep)
-    ends = np.flatnonzero(terminals | timeouts) + 1
-    returns = [data["rewards"][first:end].sum() for first, end in zip([0, *ends[:-1]], ends)]
-    return dict(observations=observations[rows], actions=data["actions"][rows], rewards=data["rewards"][rows],
-                masks=1.0 - terminals[rows], next_observations=observations[rows + 1]), returns
+    data, recorded_in = read_d4rl(path)
+    env_id = D4RL_TASKS[task[0]][0] if task else args.env_id
+    if recorded_in and recorded_in.split("-v")[0] != env_id.split("-v")[0]:
+        raise BadInput(f"{path} was recorded in {recorded_in}, but --env-id {args.env_id} means {env_id}")
+    terminals, timeouts = data["terminals"].astype(bool), data["timeouts"].astype(bool)
+    rows = np.flatnonzero(~timeouts[:-1])
+    return dict(observations=data["observations"][rows], actions=data["actions"][rows], rewards=data["rewards"][rows],
+                masks=1.0 - terminals[rows], next_observations=data["observations"][rows + 1],
+                ), episode_returns(data["rewards"], terminals | timeouts)
 
 
-def flatten_space(space, values):
-    """One array (T, ...) of a Minari episode's observations, entries in the order of gymnasium's FlattenObservation."""
+def flatten_entries(space, values):
+    """A Minari episode's observations as one array (T, O), entries in the order of FlattenObservation."""
     if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([flatten_space(s, values[key]) for key, s in space.spaces.items()], axis=1)
+        return np.concatenate([flatten_entries(part, values[key]) for key, part in space.spaces.items()], axis=1)
     if isinstance(space, gym.spaces.Tuple):
-        return np.concatenate([flatten_space(s, value) for s, value in zip(space.spaces, values)], axis=1)
-    return np.asarray(values).reshape(len(values), -1)
+        return np.concatenate([flatten_entries(part, value) for part, value in zip(space.spaces, values)], axis=1)
+    return np.asarray(values, dtype=np.float32).reshape(len(values), -1)
 
 
-def transitions_of_minari(args):
-    """Transitions of a Minari dataset, where every episode stores its last observation: no row is lost."""
-    dataset = minari_dataset(args)
-    columns, returns = {}, []
+def load_minari(args):
+    """Minari stores an episode's last observation too, so no row is lost."""
+    dataset, columns, returns = minari_dataset(args), [], []
     try:
         for episode in dataset.iterate_episodes():
-            observations = flatten_space(dataset.observation_space, episode.observations)
-            parts = dict(observations=observations[:-1], actions=episode.actions, rewards=episode.rewards,
-                         masks=1.0 - episode.terminations, next_observations=observations[1:])
-            for key, value in parts.items():
-                columns.setdefault(key, []).append(np.asarray(value, dtype=np.float32))
+            observations = flatten_entries(dataset.observation_space, episode.observations)
+            masks = 1.0 - episode.terminations
+            columns.append((observations[:-1], episode.actions, episode.rewards, masks, observations[1:]))
             returns.append(episode.rewards.sum())
-    except (OSError, KeyError, AssertionError) as error:
-        raise BadInput(f"the Minari dataset {args.env_id} cannot be read ({error}); delete and fetch it again") from error
-    return {key: np.concatenate(value) for key, value in columns.items()}, returns
+    except (OSError, KeyError) as error:
+        raise BadInput(f"Minari dataset {args.env_id}: damaged ({error}); delete it and fetch it again") from error
+    keys = ("observations", "actions", "rewards", "masks", "next_observations")
+    return {key: np.concatenate(column) for key, column in zip(keys, zip(*columns))}, returns
 
 
-def transitions_of_ogbench(args):
-    """Transitions of an OGBench single-task dataset, rewards and masks as the package labels them."""
+def load_ogbench(args):
+    """Rewards and masks as OGBench labels them, with the reward timing of the papers."""
+    import ogbench
+
     try:
-        import ogbench
-
         _, data, _ = ogbench.make_env_and_datasets(args.env_id, dataset_path=args.dataset_path, success_timing="post")
-    except ModuleNotFoundError as error:
-        raise BadInput(f"--env-id {args.env_id} needs the package ogbench: pip install ogbench") from error
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"OGBench data for {args.env_id} cannot be had ({error}): give the .npz file as --dataset-path, its "
-                       "-val.npz beside it; or fetch both into ~/.ogbench/data") from error
-    ends = np.flatnonzero(data["terminals"]) + 1
-    returns = [data["rewards"][first:end].sum() for first, end in zip([0, *ends[:-1]], ends)]
-    return {key: data[key] for key in ("observations", "actions", "rewards", "masks", "next_observations")}, returns
+        raise BadInput(f"OGBench data of {args.env_id}: {error}. Ways out: give the .npz file (its -val.npz "
+                       "beside it) as --dataset-path; or put both into ~/.ogbench/data") from error
+    returns = episode_returns(data["rewards"], data.pop("terminals"))
+    return data, returns
 
 
 def load_dataset(args, env):
-    """The transitions of --env-id as float32 arrays with N rows each, and the returns of the episodes.
+    """The transitions of --env-id as float32 arrays of N rows each, and the returns of the data's episodes.
 
-    Keys: observations and next_observations (N, O), actions (N, A) in (-1, 1), rewards (N,), masks (N,), which are
+    Keys: observations and next_observations (N, O), actions (N, A) in (-1, 1), rewards (N,) and masks (N,), which are
     1 - termination: a time limit never stops bootstrapping. Raises BadInput for data that cannot be trained on.
     """
-    if "-singletask" in args.env_id:
-        data, returns = transitions_of_ogbench(args)
-    elif not d4rl_task(args.env_id) and is_minari(args):
-        data, returns = transitions_of_minari(args)
-    else:
-        data, returns = transitions_of_d4rl(args)
-    name = args.dataset_path or args.env_id
+    loaders = dict(ogbench=load_ogbench, minari=load_minari, d4rl=load_d4rl, gymnasium=load_d4rl)
+    data, returns = loaders[source(args)](args)
     data = {key: np.asarray(value, dtype=np.float32) for key, value in data.items()}
+    name = args.dataset_path or args.env_id
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if data[key].ndim != 2 or data[key].shape[1:] != space.shape:
-            raise BadInput(f"{name}: {key} have shape {data[key].shape[1:]}, but the environment of --env-id {args.env_id} "
-                           f"wants {space.shape}: is this another environment's data?")
+        if data[key].shape[1:] != space.shape:
+            raise BadInput(f"{name}: {key} have shape {data[key].shape[1:]}, but --env-id {args.env_id} wants "
+                           f"{space.shape}; is this another environment's data?")
     for key, value in data.items():
-        bad = ~np.isfinite(value.reshape(len(value), -1)).all(1)
+        bad = ~np.isfinite(value).reshape(len(value), -1).all(1)
         if bad.any():
-            raise BadInput(f"{name}: {key} has {bad.sum()} rows with NaN or infinity, the first is row {bad.argmax()}")
+            raise BadInput(f"{name}: NaN or infinity in {bad.sum()} rows of {key}, the first is row {bad.argmax()}")
     box = env.env.action_space if isinstance(env, gym.wrappers.RescaleAction) else env.action_space
     data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
     outside = np.abs(data["actions"]).max(1) > 1 + 1e-4
     if outside.any():
-        raise BadInput(f"{name}: {outside.sum()} actions lie outside the action box {box.low.min():g}..{box.high.max():g}, "
-                       f"the first in row {outside.argmax()}")
+        raise BadInput(f"{name}: {outside.sum()} actions outside the action box, the first is row {outside.argmax()}")
     data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
     return data, np.array(returns, dtype=np.float64)
-
-
-def normalized_score(returns, reference):
-    """Returns in percent of the way from the random to the expert reference return."""
-    return 100 * (returns - reference[0]) / (reference[1] - reference[0])
 
 
 # ---------------------------------------------------------------- replay
@@ -742,46 +706,49 @@ def sample(replay, batch_size):
 
 
 # ---------------------------------------------------------------- evaluation
-def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
-    """Runs --eval-episodes episodes side by side, episode i seeded with 1000 * seed + i, and returns the eval/ metrics.
-
-    The environments and the random generator are its own, so training does not notice.
-    """
-
-    def make(index):
-        if video_dir is None or index > 0:
-            return make_env(args)
+def make_video_env(args, folder, prefix):
+    """The environment of --env-id; its first episode is written to `folder`."""
+    try:
         env = make_env(args, render_mode="rgb_array")
-        return gym.wrappers.RecordVideo(env, str(video_dir), name_prefix=f"step-{agent.step}", disable_logger=True,
-                                        episode_trigger=lambda episode: episode == 0)
+        env.reset()
+        env.render()
+        return gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: episode == 0,
+                                        name_prefix=prefix, disable_logger=True)
+    except Exception as error:  # rendering fails in a different way on every machine
+        raise BadInput(f"--capture-video: {error} (pip install moviepy; MUJOCO_GL=egl without a screen)") from error
 
-    generator = torch.Generator(agent.device).manual_seed(args.seed)
-    returns, lengths, successes, reports_success = [], [], [], False
-    for first in range(0, args.eval_episodes, 50):  # at most 50 environments at a time
-        count = min(50, args.eval_episodes - first)
-        envs = gym.vector.SyncVectorEnv([lambda i=i: make(first + i) for i in range(count)])
-        observations, _ = envs.reset(seed=[1000 * args.seed + first + i for i in range(count)])
-        total, length = np.zeros(count), np.zeros(count, dtype=int)
-        success, running = np.zeros(count, dtype=bool), np.ones(count, dtype=bool)
-        while running.any():  # an environment that is done goes on until all are, but no longer counts
-            actions = agent.act(torch.as_tensor(observations, dtype=torch.float32, device=agent.device),
-                                num_candidates, generator)
-            observations, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-            total += rewards * running
-            length += running
-            if "success" in infos:
-                reports_success = True
-                success |= running & np.asarray(infos["success"], dtype=bool)
-            running &= ~(terminated | truncated)
-        envs.close()
-        returns, lengths, successes = [*returns, *total], [*lengths, *length], [*successes, *success]
-    metrics = {"eval/episodic_return": float(np.mean(returns)), "eval/episodic_return_std": float(np.std(returns)),
-               "eval/episodic_length": float(np.mean(lengths))}
+
+def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
+    """Runs --eval-episodes episodes side by side, number i seeded with 1000 * seed + i; returns the eval/ metrics.
+
+    Environments and random generator are its own, so training does not notice.
+    """
+    count, device = args.eval_episodes, agent.alpha.device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    makers = [lambda: make_env(args)] * count
+    if video_dir is not None:
+        makers[0] = lambda: make_video_env(args, video_dir, f"step-{agent.step}-n-{num_candidates}")
+    envs = gym.vector.SyncVectorEnv(makers)
+    observations, _ = envs.reset(seed=[1000 * args.seed + i for i in range(count)])
+    returns, lengths, successes, running = np.zeros(count), np.zeros(count), None, np.ones(count, dtype=bool)
+    while running.any():  # an environment that is done goes on until all are, but no longer counts
+        observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
+        actions = agent.act(observations, num_candidates, generator).cpu().numpy()
+        observations, rewards, terminated, truncated, infos = envs.step(actions)
+        returns += rewards * running
+        lengths += running
+        if "success" in infos:
+            successes = np.zeros(count, dtype=bool) if successes is None else successes
+            successes |= running & infos["success"].astype(bool)
+        running &= ~(terminated | truncated)
+    envs.close()
+    metrics = {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std(),
+               "eval/episodic_length": lengths.mean()}
     if reference is not None:
-        metrics["eval/normalized_score"] = float(normalized_score(np.mean(returns), reference))
-    if reports_success:
-        metrics["eval/success_rate"] = float(np.mean(successes))
-    return metrics
+        metrics["eval/normalized_score"] = normalized_score(returns.mean(), reference)
+    if successes is not None:
+        metrics["eval/success_rate"] = successes.mean()
+    return {name: float(value) for name, value in metrics.items()}
 
 
 # ---------------------------------------------------------------- checkpoint and log
@@ -796,65 +763,33 @@ def save(state, path):
 
 
 def load(path):
-    """Reads a checkpoint of this script, as data only (nothing in the file is executed)."""
+    """(path, contents) of a checkpoint of this script, read as data only: nothing in the file is executed."""
     path = pathlib.Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise BadInput(f"{path}: no such checkpoint; give a run folder, its checkpoint.pt or its policy.pt") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise BadInput(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        written = state.get("script") if isinstance(state, dict) else None
-        raise BadInput(f"{path}: a checkpoint of {written or 'something else'}, not of {SCRIPT}")
+        raise BadInput(f"{path}: missing, damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+    script = state.get("script") if isinstance(state, dict) else None
+    if script != SCRIPT:
+        raise BadInput(f"{path}: a checkpoint of {script or 'something else'}, not of {SCRIPT}")
     return path, state
-
-
-def random_state():
-    """State of the generators that training draws from."""
-    state = dict(cpu=torch.get_rng_state())
-    return dict(state, cuda=torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else state
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def fingerprint(data):
-    """SHA-256 over all arrays: tells whether a resumed run sees the data that it began with."""
-    digest = hashlib.sha256()
-    for key in sorted(data):
-        digest.update(np.ascontiguousarray(data[key]))
-    return digest.hexdigest()
-
-
-def versions():
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "gymnasium", "mujoco", "minari"):
-        found[package] = importlib.metadata.version(package)
-    return found
 
 
 class Log:
     """Rows of metrics, in metrics.jsonl and, with --track, in wandb."""
 
-    def __init__(self, run_dir, args, offset=None):
-        self.path = run_dir / "metrics.jsonl"
-        if offset is not None:  # rows written after the checkpoint will be written again
-            os.truncate(self.path, offset)
-        self.file = open(self.path, "a")
-        self.wandb = None
+    def __init__(self, run_dir, args, offset):
+        self.file, self.wandb = (run_dir / "metrics.jsonl").open("a"), None
+        self.file.truncate(offset)  # rows after the checkpoint will be written again
         if args.track:
             try:
                 import wandb
-            except ModuleNotFoundError as error:
-                raise BadInput("--track needs wandb: pip install wandb") from error
-            try:
+
                 self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
                                         id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
+            except ModuleNotFoundError as error:
+                raise BadInput("--track needs wandb: pip install wandb") from error
             except wandb.errors.Error as error:
                 raise BadInput(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from error
 
@@ -873,157 +808,140 @@ class Log:
 def parse_args(argv=None):
     """Flags, over the values of the checkpoint that --resume or --evaluate names, or else over the task's defaults.
 
-    Returns the args, the checkpoint's path and the checkpoint (both None without one).
+    Returns the args, the checkpoint's path and its contents (both None without one).
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("env-id", "resume", "evaluate"):
         peek.add_argument(f"--{flag}", f"--{flag.replace('-', '_')}")
     given, _ = peek.parse_known_args(argv)
+    path = checkpoint = None
     if given.resume or given.evaluate:
         path, checkpoint = load(given.resume or given.evaluate)
-        known = {key: value for key, value in checkpoint["args"].items() if key in Args.__dataclass_fields__}
-        defaults = Args(**known)
+        defaults = Args(**checkpoint["args"])
     else:
-        path = checkpoint = None
         env_id = given.env_id or Args.env_id
         defaults = Args(env_id=env_id, **task_defaults(env_id))
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n")[0])
     for key, value in asdict(args).items():
-        if key.endswith(("steps", "size", "interval", "episodes", "candidates", "width", "depth")) and value < 1:
-            raise BadInput(f"--{key.replace('_', '-')} {value}: must be at least 1")
+        flag = f"--{key.replace('_', '-')} {value}"
+        if isinstance(value, int) and not isinstance(value, bool) and value < (0 if key == "seed" else 1):
+            raise BadInput(f"{flag}: must be at least 1")
         if key in ("gamma", "tau") and not 0 <= value <= 1:
-            raise BadInput(f"--{key} {value}: must lie between 0 and 1")
+            raise BadInput(f"{flag}: must lie between 0 and 1")
         if checkpoint is not None and key not in ("resume", "evaluate") and value != getattr(defaults, key):
-            print(f"--{key.replace('_', '-')}: {value} instead of the checkpoint's {getattr(defaults, key)}")
+            print(f"{flag} instead of the checkpoint's {getattr(defaults, key)}")
     return args, path, checkpoint
-
-
-def make_device(args):
-    if args.cuda and torch.cuda.is_available():
-        return torch.device("cuda")
-    if args.cuda:
-        print("no CUDA device: running on the CPU")
-    return torch.device("cpu")
 
 
 def main(argv=None):
     """Runs the command line `argv` and returns the exit code: 0 done, 3 non-finite loss, 130 interrupted."""
     args, checkpoint_path, checkpoint = parse_args(argv)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs for --torch-deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA needs it for --torch-deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    device = make_device(args)
-    env = make_env(args)
-    reference = reference_scores(args)
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.cuda and device.type == "cpu":
+        print("no CUDA device: running on the CPU")
+    env, reference = make_env(args), reference_scores(args)
     torch.manual_seed(args.seed)
-
-    def build_agent(obs_mean, obs_std):
-        agent = Agent(obs_dim, act_dim, obs_mean, obs_std, args, device)
-        if checkpoint is None:
-            return agent
+    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args, device)
+    if checkpoint is not None:
         try:
-            agent.load_policy_state(checkpoint["policy"])
+            agent.load_state_dict(checkpoint["agent"])
             agent.step = checkpoint["step"]
             if args.resume:
                 agent.load_training_state(checkpoint["training"])
         except (RuntimeError, KeyError, ValueError) as error:
-            raise BadInput(f"{checkpoint_path} does not fit this environment and these flags, or is a policy.pt, which "
-                           f"cannot be resumed ({str(error).splitlines()[0]})") from error
-        return agent
-
+            raise BadInput(f"{checkpoint_path} does not fit these flags, or is a policy.pt, which can be evaluated "
+                           f"but not resumed ({str(error).splitlines()[0]})") from error
+    candidates = args.num_candidates_eval or args.num_candidates
     if args.evaluate:
-        agent = build_agent(torch.zeros(obs_dim), torch.ones(obs_dim))
-        candidates = args.num_candidates_eval or args.num_candidates
         video_dir = checkpoint_path.parent / "videos" if args.capture_video else None
         metrics = evaluate(agent, args, candidates, reference, video_dir)
         print(json.dumps({"step": agent.step, "num_candidates": candidates, **metrics}))
         return 0
 
     data, data_returns = load_dataset(args, env)
-    summary = {"transitions": len(data["rewards"]), "episodes": len(data_returns), "sha256": fingerprint(data),
+    digest = hashlib.sha256()
+    for key in sorted(data):
+        digest.update(np.ascontiguousarray(data[key]))
+    summary = {"sha256": digest.hexdigest(), "transitions": len(data["rewards"]), "episodes": len(data_returns),
                "mean_return": float(data_returns.mean()), "best_return": float(data_returns.max())}
-    if reference is not None:
-        summary["normalized_score"] = float(normalized_score(data_returns.mean(), reference))
-    if checkpoint is not None and checkpoint["data"]["sha256"] != summary["sha256"]:
-        raise BadInput(f"{checkpoint_path} was trained on other data than {args.dataset_path or args.env_id} holds now")
-    obs_mean, obs_std = torch.zeros(obs_dim), torch.ones(obs_dim)
-    if args.observation_normalization == "dataset":
-        obs_mean = torch.as_tensor(data["observations"].mean(0, dtype=np.float64), dtype=torch.float32)
-        obs_std = torch.as_tensor(data["observations"].std(0, dtype=np.float64), dtype=torch.float32)
-        obs_std[obs_std < 1e-6] = 1.0
-    agent = build_agent(obs_mean, obs_std)
+    if checkpoint is None:
+        if args.observation_normalization == "dataset":
+            std = torch.as_tensor(data["observations"].std(0, dtype=np.float64))
+            agent.obs_mean.copy_(torch.as_tensor(data["observations"].mean(0, dtype=np.float64)))
+            agent.obs_std.copy_(torch.where(std < 1e-6, 1.0, std))
+    elif checkpoint["data"]["sha256"] != summary["sha256"]:
+        raise BadInput(f"{checkpoint_path} was trained on other data than {args.dataset_path or args.env_id} holds")
     replay = {key: torch.as_tensor(value, device=device) for key, value in data.items()}
-    del data
     for key in ("observations", "next_observations"):
         replay[key] = (replay[key] - agent.obs_mean) / agent.obs_std
+    del data
 
+    name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    run_dir = checkpoint_path.parent if args.resume else pathlib.Path(args.runs_dir) / name
+    video_dir = run_dir / "videos" if args.capture_video else None
+    if args.capture_video:
+        make_video_env(args, video_dir, "test").close()  # fails now rather than after hours
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+    about = {"args": asdict(args), "data": summary, "device": str(device), "threads": torch.get_num_threads(),
+             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}}
     try:
-        if args.resume:
-            run_dir = checkpoint_path.parent
-        else:
-            name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-            run_dir = pathlib.Path(args.runs_dir) / name
-            run_dir.mkdir(parents=True)
-        log = Log(run_dir, args, checkpoint["log_offset"] if args.resume else None)
-        (run_dir / "args.json").write_text(json.dumps(
-            {"args": asdict(args), "data": summary, "versions": versions(), "device": str(device),
-             "threads": torch.get_num_threads()}, indent=2))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(about, indent=2))
+        log = Log(run_dir, args, checkpoint["log_offset"] if args.resume else 0)
     except OSError as error:
         raise BadInput(f"the run folder cannot be written ({error}): give another --runs-dir") from error
+    score = "" if reference is None else f" (normalized {normalized_score(data_returns.mean(), reference):.1f})"
     print(f"{args.env_id}: {summary['transitions']} transitions, {summary['episodes']} episodes, mean return "
-          f"{summary['mean_return']:.1f}, best {summary['best_return']:.1f}; run folder {run_dir}")
+          f"{summary['mean_return']:.1f}{score}, best {summary['best_return']:.1f}; run folder {run_dir}")
 
-    def save_all():
-        state = dict(script=SCRIPT, args=asdict(args), step=agent.step, data=summary, policy=agent.policy_state())
-        save(state, run_dir / "policy.pt")
-        save(dict(state, training=agent.training_state(), random=random_state(), log_offset=log.file.tell()),
-             run_dir / "checkpoint.pt")
+    def evaluate_and_log(prefix, num_candidates):
+        metrics = evaluate(agent, args, num_candidates, reference, video_dir)
+        log(agent.step, {name.replace("eval/", prefix): value for name, value in metrics.items()})
+        text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
+        tqdm.write(f"step {agent.step}, N = {num_candidates}: {text}")
 
-    def evaluate_and_log(prefix="eval/", candidates=args.num_candidates_eval or args.num_candidates):
-        video_dir = run_dir / "videos" if args.capture_video else None
-        metrics = evaluate(agent, args, candidates, reference, video_dir)
-        log(agent.step, {key.replace("eval/", prefix): value for key, value in metrics.items()})
-        text = ", ".join(f"{key.removeprefix('eval/')} {value:.3g}" for key, value in metrics.items())
-        tqdm.write(f"step {agent.step}, N = {candidates}: {text}")
-
-    interrupted = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the second signal of a kind ends the process at once
-        signal.signal(number, lambda n, frame: (interrupted.append(n), signal.signal(n, signal.SIG_DFL)))
-    if checkpoint is not None:
-        set_random_state(checkpoint["random"])
-    clock, clock_step = time.time(), agent.step
+    interrupts = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
+        signal.signal(number, lambda n, _: (interrupts.append(n), signal.signal(n, signal.SIG_DFL)))
+    if args.resume:
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
     bar = tqdm(total=args.offline_steps, initial=agent.step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
-    while agent.step < args.offline_steps and not interrupted:
+    clock, clock_step = time.time(), agent.step
+    while agent.step < args.offline_steps and not interrupts:
         parts = agent.update(sample(replay, args.batch_size))
         bar.update()
-        last = agent.step == args.offline_steps or bool(interrupted)
-        save_due = agent.step % args.checkpoint_interval == 0 or last
-        if agent.step % args.log_interval == 0 or save_due:
+        stop = agent.step == args.offline_steps or bool(interrupts)
+        log_due, save_due = agent.step % args.log_interval == 0, agent.step % args.checkpoint_interval == 0 or stop
+        if log_due or save_due:  # the only time that the losses are read from the device
             values = {f"losses/{name}": value.item() for name, value in parts.items()}
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    print(f"{SCRIPT}: step {agent.step}: {name} is {value}; the last good checkpoint, if any, is "
-                          f"{run_dir / 'checkpoint.pt'}", file=sys.stderr)
-                    return 3
-            if agent.step % args.log_interval == 0:
-                ups = (agent.step - clock_step) / (time.time() - clock)
-                clock, clock_step = time.time(), agent.step
-                log(agent.step, {"charts/UPS": ups, "charts/alpha": agent.alpha.item(),
-                                 "charts/actor_learning_rate": actor_learning_rate(agent.step - 1, args), **values})
-        if agent.step % args.eval_interval == 0 and not last:
-            evaluate_and_log()
-            clock, clock_step = time.time(), agent.step
+            if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+                print(f"{SCRIPT}: step {agent.step}: {bad[0]} is {values[bad[0]]}; the last good checkpoint is "
+                      f"{run_dir / 'checkpoint.pt'}, if one was due", file=sys.stderr)
+                return 3
+            if log_due:
+                ups, clock, clock_step = (agent.step - clock_step) / (time.time() - clock), time.time(), agent.step
+                log(agent.step, {"charts/UPS": ups, "charts/alpha": agent.alpha.item(), **values})
+        if agent.step % args.eval_interval == 0 and not stop:
+            evaluate_and_log("eval/", candidates)
+            clock = time.time()
         if save_due:
-            save_all()
+            state = dict(script=SCRIPT, args=asdict(args), step=agent.step, data=summary, agent=agent.state_dict())
+            save(state, run_dir / "policy.pt")
+            cuda_state = torch.cuda.get_rng_state() if device.type == "cuda" else None
+            save(dict(state, training=agent.training_state(), log_offset=log.file.tell(),
+                      random=dict(cpu=torch.get_rng_state(), cuda=cuda_state)), run_dir / "checkpoint.pt")
     bar.close()
-    if interrupted:
+    if interrupts:
         print(f"interrupted at step {agent.step}, state saved; continue with: python {SCRIPT}.py --resume {run_dir}")
         log.close()
         return 130
-    evaluate_and_log()
+    evaluate_and_log("eval/", candidates)
     evaluate_and_log("eval_n1/", 1)
     log.close()
-    print(f"data: mean return {summary['mean_return']:.1f}; run folder {run_dir}")
     return 0
 
 
