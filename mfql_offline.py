@@ -106,6 +106,8 @@ class Args:
     """transitions per gradient step"""
     gamma: float = 0.99
     """discount factor, Eq. (6)"""
+    reward_scale: float = 1.0
+    """factor on the rewards in training; large returns (thousands) keep the critic from catching up with its target"""
     tau: float = 0.005
     """Polyak rate of the target critic, after every step"""
     alpha: float = 10.0
@@ -876,6 +878,7 @@ def main(argv=None):
     replay = {key: torch.as_tensor(value, device=device) for key, value in data.items()}
     for key in ("observations", "next_observations"):
         replay[key] = (replay[key] - agent.obs_mean) / agent.obs_std
+    replay["rewards"] *= args.reward_scale
     del data
 
     name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"

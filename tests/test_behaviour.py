@@ -1,0 +1,807 @@
+"""What users may rely on, whatever the algorithm: run folders, equal numbers, resuming, signals, exit codes, flags.
+
+Every test runs once per script of SCRIPTS, on made-up data and networks of a few hundred weights. Run as a program,
+this file is the driver of the SIGKILL test: it forks one process per life of a run, so that torch is imported once.
+"""
+import ast
+import contextlib
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCRIPTS = ["mfql_offline"]
+SMALL = {  # flags that make a script's networks small, and the same with other sizes
+    "mfql_offline": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1", "--critic-width 24"),
+}
+TASK = {  # an OGBench task that the paper lists with its values
+    "mfql_offline": ("cube-double-play-singletask-task2-v0", dict(alpha=120, num_candidates=5, gamma=0.995)),
+}
+# The intervals share few multiples, so that rows, evaluations and checkpoints come in every order.
+STEPS = "--offline-steps 24 --log-interval 4 --eval-interval 10 --checkpoint-interval 6 --eval-episodes 2"
+EPISODE = 20  # steps of an episode of Short-v0
+
+
+class Script(gym.Env):
+    """An environment whose episodes are fixed by their seeds alone: lengths, rewards and successes differ."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left, self.truncates = int(self.np_random.integers(2, 9)), self.np_random.random() < 0.5
+        return self.np_random.random(3, dtype=np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        end, success = self.left == 0, bool(self.np_random.random() < 0.15)
+        observation, reward = self.np_random.random(3, dtype=np.float32), float(self.np_random.random())
+        return observation, reward, end and not self.truncates, end and self.truncates, {"success": success}
+
+    def render(self):
+        return np.full((32, 32, 3), 20 * self.left, dtype=np.uint8)
+
+
+def register_environments():
+    """Pendulum with short episodes, which makes evaluations cheap, and the environment above."""
+    gym.register("Short-v0", entry_point="gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=EPISODE)
+    gym.register("Scripted-v0", entry_point=Script)
+
+
+def write_data(path, seed=0, rows=400, spoil=None):
+    """Random transitions in D4RL's layout that fit Pendulum's spaces."""
+    rng = np.random.default_rng(seed)
+    data = dict(observations=rng.uniform(-1, 1, (rows, 3)).astype(np.float32), rewards=rng.normal(size=rows),
+                actions=rng.uniform(-2, 2, (rows, 1)).astype(np.float32), terminals=np.zeros(rows, bool),
+                timeouts=np.arange(rows) % EPISODE == EPISODE - 1)
+    with h5py.File(path, "w") as file:
+        for key, value in data.items():
+            file[key] = value
+    return path
+
+
+def flags(script, data, folder, *more):
+    """The command line of a small run whose run folder will lie in `folder`. The last of equal flags counts."""
+    text = " ".join(["--env-id Short-v0 --no-cuda --batch-size 32", SMALL[script][0], STEPS, *more])
+    return ["--runs-dir", str(folder), "--dataset-path", str(data), *text.split()]
+
+
+def train(m, data, folder, *more, code=0):
+    """Trains in this process and returns the run folder."""
+    assert m.main(flags(m.SCRIPT, data, folder, *more)) == code
+    run, = pathlib.Path(folder).iterdir()
+    return run
+
+
+def rows(run):
+    """The rows of metrics.jsonl without the one number that depends on the clock. Fails on a line that is not JSON."""
+    found = [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "charts/UPS"} for row in found]
+
+
+def result(run):
+    """All that a run computed: networks, optimisers, schedules, step and random states; not where it was written."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    return {key: value for key, value in state.items() if key not in ("args", "log_offset")}
+
+
+def differences(a, b, at=""):
+    """Where two nested results are not equal, bit for bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(a.keys() ^ b.keys(), key=str)
+        return [f"{at}.{key} only once" for key in keys] + [
+            place for key in a.keys() & b.keys() for place in differences(a[key], b[key], f"{at}.{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [place for i, (x, y) in enumerate(zip(a, b)) for place in differences(x, y, f"{at}[{i}]")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        equal = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    else:
+        equal = type(a) is type(b) and a == b
+    return [] if equal else [at]
+
+
+def assert_same_run(run, other):
+    """Two runs must have computed the same and written the same rows."""
+    assert rows(run) == rows(other)
+    assert differences(result(run), result(other)) == []
+    assert differences(torch.load(run / "policy.pt", weights_only=True)["agent"], result(other)["agent"]) == []
+
+
+def contents(folder):
+    """Every file of a folder with its bytes and time of change."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def at_step(monkeypatch, m, place, step, act):
+    """Calls act() inside the first update or evaluation that ends or begins at this step."""
+    def update(agent, batch, original=m.Agent.update):
+        parts = original(agent, batch)
+        if agent.step == step:
+            act()
+        return parts
+
+    def evaluate(agent, *more, original=m.evaluate):
+        if agent.step == step:
+            act()
+        return original(agent, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((m.Agent, "update", update) if place == "update" else (m, "evaluate", evaluate)))
+        yield
+
+
+# ---------------------------------------------------------------- fixtures
+@pytest.fixture(scope="module", params=SCRIPTS)
+def m(request):
+    register_environments()
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(autouse=True)
+def process_state():
+    """main() installs signal handlers and makes torch deterministic: put both back. A signal that main does not
+    handle ends the test, not pytest."""
+    def unhandled(number, _):
+        raise RuntimeError(f"nobody handles signal {number}")
+
+    before = {number: signal.signal(number, unhandled) for number in (signal.SIGINT, signal.SIGTERM)}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "data.hdf5")
+
+
+@pytest.fixture(scope="module")
+def baseline(m, data, tmp_path_factory):
+    """One run of 24 steps in one go. Tests that change the folder work on a copy."""
+    return train(m, data, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def run(baseline, tmp_path):
+    return shutil.copytree(baseline, tmp_path / "runs" / baseline.name)
+
+
+# ---------------------------------------------------------------- the run folder
+def test_run_folder_holds_the_documented_files(m, baseline):
+    """Scripts that read run folders rely on these names."""
+    assert re.fullmatch(rf"Short-v0__{m.SCRIPT}__1__\d+", baseline.name)
+    assert {path.name for path in baseline.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "policy.pt"}
+    about = json.loads((baseline / "args.json").read_text())
+    assert (about["args"]["offline_steps"], about["args"]["seed"], about["args"]["env_id"]) == (24, 1, "Short-v0")
+    assert about["device"] == "cpu" and about["threads"] == torch.get_num_threads()
+    assert about["versions"]["torch"] == torch.__version__
+    assert {"python", "numpy", "gymnasium"} <= set(about["versions"])
+    assert re.fullmatch("[0-9a-f]{64}", about["data"]["sha256"])
+    assert about["data"]["transitions"] == 400 - 400 // EPISODE and about["data"]["episodes"] == 400 // EPISODE
+
+
+def test_metric_names_and_steps(baseline):
+    """Losses every log interval, evaluations every evaluation interval and at the end, N = 1 only at the end."""
+    found = [json.loads(line) for line in (baseline / "metrics.jsonl").read_text().splitlines()]
+    steps = {prefix: [row["step"] for row in found if any(name.startswith(prefix) for name in row)]
+             for prefix in ("charts/UPS", "losses/", "eval/", "eval_n1/")}
+    logged = [4, 8, 12, 16, 20, 24]
+    assert steps == {"charts/UPS": logged, "losses/": logged, "eval/": [10, 20, 24], "eval_n1/": [24]}
+    names = {"episodic_return", "episodic_return_std", "episodic_length"}
+    for row in found:
+        assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
+        if not any(name.startswith("losses/") for name in row):
+            prefix = "eval_n1" if "eval_n1/episodic_return" in row else "eval"
+            assert set(row) == {"step", *(f"{prefix}/{name}" for name in names)}
+            assert row[f"{prefix}/episodic_length"] == EPISODE
+        else:
+            assert row["charts/UPS"] > 0
+
+
+def test_two_runs_of_the_same_second_keep_their_folders(m, data, tmp_path, monkeypatch):
+    """The folder's name ends in seconds: a second run must not write over the first."""
+    clock = itertools.count(1_700_000_000_000_000)
+    monkeypatch.setattr(m.time, "time", lambda: next(clock) / 1e6)
+    run = train(m, data, tmp_path)
+    before = contents(run)
+    with contextlib.suppress(m.BadInput):
+        m.main(flags(m.SCRIPT, data, tmp_path, "--eval-episodes 1"))
+    assert contents(run) == before
+
+
+def test_unwritable_run_folder(m, data, tmp_path):
+    """Found out before training, not at the first checkpoint."""
+    (tmp_path / "file").touch()
+    with pytest.raises(m.BadInput, match="--runs-dir"):
+        m.main(flags(m.SCRIPT, data, tmp_path / "file" / "runs"))
+
+
+# ---------------------------------------------------------------- equal numbers
+def test_same_seed_same_numbers(m, data, baseline, tmp_path, monkeypatch, capsys):
+    """Also when the CPU is only the fallback of --cuda, which one line of output says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_same_run(train(m, data, tmp_path, "--cuda"), baseline)
+    assert "no CUDA device: running on the CPU" in capsys.readouterr().out.splitlines()
+
+
+def test_another_seed_other_numbers(m, data, baseline, tmp_path):
+    """Initial weights, batches and evaluations must all depend on the seed."""
+    run = train(m, data, tmp_path, "--seed 2")
+    assert run.name.startswith(f"Short-v0__{m.SCRIPT}__2__")
+    one, two = result(baseline), result(run)
+    weights = [name for name, value in one["agent"].items() if value.ndim > 1]
+    assert weights and all(f".{name}" in differences(one["agent"], two["agent"]) for name in weights)
+    assert differences(one["random"], two["random"])
+    losses, other_losses = ([row for row in rows(folder) if "eval/episodic_return" not in row]
+                            for folder in (baseline, run))
+    assert all(a != b for a, b in zip(losses, other_losses))
+
+
+@pytest.mark.parametrize("change", ["--eval-interval 3", "--eval-episodes 5", "--log-interval 7",
+                                    "--checkpoint-interval 23"])
+def test_watching_does_not_change_training(m, data, baseline, tmp_path, change):
+    """Evaluations, logs and checkpoints are read-only: other intervals, same weights and same random state."""
+    assert differences(result(train(m, data, tmp_path, change)), result(baseline)) == []
+
+
+# ---------------------------------------------------------------- evaluation
+def scripted_agent(m, tmp_path, *more):
+    args = m.parse_args(["--env-id", "Scripted-v0", "--dataset-path", str(tmp_path / "none.hdf5"),
+                         *SMALL[m.SCRIPT][0].split(), *more])[0]
+    torch.manual_seed(0)
+    return m.Agent(3, 1, args, torch.device("cpu")), args
+
+
+def test_evaluation_counts_each_episode_once_to_its_end(m, tmp_path):
+    """Against episodes played one by one: number i has seed 1000 * seed + i; nothing counts after its end."""
+    agent, args = scripted_agent(m, tmp_path, "--eval-episodes", "7", "--seed", "3")
+    returns, lengths, successes = [], [], []
+    for i in range(7):
+        env, total, done, length, success = Script(), 0.0, False, 0, False
+        env.reset(seed=3000 + i)
+        while not done:
+            _, reward, terminated, truncated, info = env.step(None)
+            total, length, success = total + reward, length + 1, success or info["success"]
+            done = terminated or truncated
+        returns, lengths, successes = [*returns, total], [*lengths, length], [*successes, success]
+    assert len(set(lengths)) > 2 and 0 < sum(successes) < 7
+    metrics = m.evaluate(agent, args, 2, reference=(1.0, 3.0))
+    assert metrics == pytest.approx({
+        "eval/episodic_return": np.mean(returns), "eval/episodic_return_std": np.std(returns),
+        "eval/episodic_length": np.mean(lengths), "eval/success_rate": np.mean(successes),
+        "eval/normalized_score": 100 * (np.mean(returns) - 1) / 2})
+    assert "eval/normalized_score" not in m.evaluate(agent, args, 2)
+
+
+def test_evaluation_repeats_and_leaves_the_random_state_alone(m, data, baseline):
+    """Else evaluating more often would train another policy."""
+    args, _, checkpoint = m.parse_args(["--evaluate", str(baseline)])
+    agent = m.Agent(3, 1, args, torch.device("cpu"))
+    agent.load_state_dict(checkpoint["agent"])
+    before, torch_state, numpy_state = agent.state_dict(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    before = {name: value.clone() for name, value in before.items()}
+    first = m.evaluate(agent, args, 3)
+    torch.manual_seed(12345)  # another place in the training stream gives the same episodes
+    assert m.evaluate(agent, args, 3) == first
+    torch.set_rng_state(torch_state)
+    m.evaluate(agent, args, 3)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    assert differences(before, agent.state_dict()) == []
+    args.seed += 1
+    assert m.evaluate(agent, args, 3) != first
+
+
+def test_evaluate_flag_repeats_the_final_evaluation(m, data, tmp_path, capsys):
+    """On the folder and on both files, without the data, changing nothing; --eval-episodes overrides."""
+    copy = shutil.copy(data, tmp_path / "copy.hdf5")
+    run = train(m, copy, tmp_path / "runs")
+    os.remove(copy)
+    final, before = [row for row in rows(run) if "eval/episodic_return" in row][-1], contents(run)
+    for path in (run, run / "checkpoint.pt", run / "policy.pt"):
+        capsys.readouterr()
+        torch.manual_seed(path.name.__len__())
+        assert m.main(["--evaluate", str(path)]) == 0
+        line, = capsys.readouterr().out.splitlines()
+        found = json.loads(line)
+        assert found.pop("num_candidates") >= 1 and found == final
+    assert m.main(["--evaluate", str(run), "--eval-episodes", "5"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["eval/episodic_return"] != final["eval/episodic_return"]
+    assert contents(run) == before
+
+
+def test_evaluate_flag_works_on_a_resumed_run(m, run, capsys):
+    """The resumed run's own --resume must not be taken for a request to resume again."""
+    assert m.main(["--resume", str(run), "--offline-steps", "26"]) == 0
+    for name in ("checkpoint.pt", "policy.pt"):
+        assert m.main(["--evaluate", str(run / name)]) == 0
+
+
+# ---------------------------------------------------------------- killed, interrupted and resumed
+PLACES = ("update", "evaluation", "row", "file", "before the rename", "after the rename", "SIGTERM", "any time")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(m, place, count):
+    """Patches this process so that it is killed when it comes to `place` for the count-th time."""
+    countdown = itertools.count(count - 1, -1)
+
+    def update(agent, batch, original=m.Agent.update):
+        parts = original(agent, batch)
+        if next(countdown) == 0:
+            os.kill(os.getpid(), signal.SIGTERM if place == "SIGTERM" else signal.SIGKILL)
+        return parts
+
+    def act(*more, original=m.Agent.act):
+        return die() if next(countdown) == 0 else original(*more)
+
+    def write_row(log, step, metrics, original=m.Log.__call__):
+        if next(countdown) == 0:
+            log.file.write(json.dumps({"step": step, **metrics})[:20])
+            log.file.flush()
+            die()
+        original(log, step, metrics)
+
+    def write_file(state, file, original=torch.save):
+        if next(countdown) == 0:
+            original(state, whole := io.BytesIO())
+            file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+            file.flush()
+            die()
+        original(state, file)
+
+    def rename(source, target, original=os.replace):
+        if next(countdown) == 0:
+            if place == "after the rename":
+                original(source, target)
+            die()
+        original(source, target)
+
+    owner, name, patched = {
+        "update": (m.Agent, "update", update), "SIGTERM": (m.Agent, "update", update),
+        "evaluation": (m.Agent, "act", act), "row": (m.Log, "__call__", write_row),
+        "file": (torch, "save", write_file),
+    }.get(place, (os, "replace", rename))
+    setattr(owner, name, patched)
+
+
+def live(m, argv, place=None, count=0, delay=None):
+    """One life of a run in a forked process; returns its exit code, -9 when it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            if place is not None:
+                arm(m, place, count)
+            code = m.main(argv)
+        except BaseException:  # noqa: BLE001 - a forked child must not come back into the caller
+            traceback.print_exc()
+        os._exit(code)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)  # if it is over by then, it waits to be reaped
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def drive(script, data, folder, steps):
+    """Trains once in one go into folder/whole and once killed again and again into folder/killed, then resumed to the
+    end. Prints the places of the kills as JSON."""
+    sys.path.insert(0, str(ROOT))
+    register_environments()
+    m, rng, folder, kills = importlib.import_module(script), random.Random(0), pathlib.Path(folder), []
+    torch.use_deterministic_algorithms(True)  # this and the first jvp import seconds worth of torch: not in every life
+    torch.func.jvp(torch.sin, (torch.ones(1),), (torch.ones(1),))
+    if hasattr(m, "next_alpha"):  # checks alpha every 4 steps instead of 2000, so that its history is part of this
+        m.next_alpha = lambda alpha, history, loss, step, args, original=m.next_alpha: original(
+            alpha, history, loss, 500 * step, args)
+    more = f"--offline-steps {steps}"
+    assert live(m, flags(script, data, folder / "whole", more)) == 0
+    places = [*PLACES] * 2
+    rng.shuffle(places)
+    attempts, run, code = 0, None, None
+    while code != 0:
+        place = places.pop() if places else None
+        argv = ["--resume", str(run)] if run else flags(script, data, folder / f"killed{attempts}", more)
+        if place == "any time":
+            code = live(m, argv, delay=rng.uniform(0.02, 0.4))
+        else:
+            code = live(m, argv, place, rng.randint(1, dict(update=9, SIGTERM=9, evaluation=30).get(place, 3)))
+        assert code in (0, 130 if place == "SIGTERM" else -signal.SIGKILL if place else 0), (place, code)
+        if code:
+            kills.append(place)
+        if run is None:  # killed before the first checkpoint: nothing to resume
+            run = next((path.parent for path in folder.glob(f"killed{attempts}/*/checkpoint.pt")), None)
+            attempts += 1
+    run.parent.rename(folder / "killed")
+    print(json.dumps(kills))
+
+
+def test_killed_at_random_moments_and_resumed(m, data, tmp_path):
+    """A preempted run ends with the bits of an undisturbed one, wherever it was hit, half-written files included."""
+    command = [sys.executable, __file__, m.SCRIPT, str(data), str(tmp_path), "96"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    kills = json.loads(done.stdout.splitlines()[-1])
+    assert len(kills) >= 10 and set(kills) >= set(PLACES) - {"any time"}, kills
+    whole, = (tmp_path / "whole").iterdir()
+    killed, = (tmp_path / "killed").iterdir()
+    assert_same_run(killed, whole)
+    assert len(rows(whole)) == 24 + 9 + 2
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize("place, step, saved_at", [("update", 13, 13), ("update", 10, 10), ("evaluate", 10, None)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_and_resumed(m, data, baseline, tmp_path, monkeypatch, capsys, number, place, step, saved_at):
+    """Saves at the step it says, exit code 130, and goes on as if nothing had been; also at a step where an evaluation
+    is due, and when the signal comes during an evaluation, where a long run spends much of its time."""
+    with at_step(monkeypatch, m, place, step, lambda: os.kill(os.getpid(), number)):
+        run = train(m, data, tmp_path, code=130)
+    said = int(re.search(r"interrupted at step (\d+), state saved", capsys.readouterr().out)[1])
+    assert said == result(run)["step"] and step <= said <= step + 1 and said == (saved_at or said)
+    assert m.main(["--resume", str(run)]) == 0
+    assert_same_run(run, baseline)
+
+
+def test_interrupted_again_before_the_next_row(m, data, baseline, tmp_path, monkeypatch):
+    """Rows that a killed process wrote after its checkpoint are dropped on resuming; an interruption right after that
+    must remember the shortened file, not the long one."""
+    with at_step(monkeypatch, m, "update", 13, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        run = train(m, data, tmp_path, code=130)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "losses/critic": 1.0}\n{"step": 20, "losses')
+    with at_step(monkeypatch, m, "update", 14, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert m.main(["--resume", str(run)]) == 130
+    assert m.main(["--resume", str(run)]) == 0
+    assert_same_run(run, baseline)
+
+
+def test_resuming_a_finished_run_changes_nothing(m, run, baseline):
+    """It evaluates again and writes the same rows in place of the old ones."""
+    assert m.main(["--resume", str(run / "checkpoint.pt")]) == 0
+    assert_same_run(run, baseline)
+
+
+def test_resuming_a_checkpoint_that_was_moved_alone(m, run, tmp_path):
+    """Without its old metrics.jsonl the new one must still be JSON in every line."""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(run / "checkpoint.pt", tmp_path / "elsewhere")
+    assert m.main(["--resume", str(tmp_path / "elsewhere" / "checkpoint.pt")]) == 0
+    assert rows(tmp_path / "elsewhere") == rows(run)[-2:]
+
+
+def test_flags_beside_resume_override(m, run, capsys):
+    """A finished run can be made longer, and the script says what differs from the checkpoint."""
+    assert m.main(["--resume", str(run), "--offline-steps", "26"]) == 0
+    assert result(run)["step"] == 26
+    assert "--offline-steps 26 instead of the checkpoint's 24" in capsys.readouterr().out.splitlines()
+
+
+# ---------------------------------------------------------------- checkpoints that cannot be used
+def other_script(path):
+    torch.save(dict(torch.load(path, weights_only=True), script="another_script"), path)
+
+
+def other_flags(path):
+    state = torch.load(path, weights_only=True)
+    torch.save(dict(state, args=dict(state["args"], flag_of_an_older_version=1)), path)
+
+
+def other_pickle(path):
+    """One wrong bit in the instructions of the pickle within the file."""
+    state = path.read_bytes()
+    path.write_bytes(state.replace(b"}q\x00(", b"}q\x00}", 1))
+    assert path.read_bytes() != state
+
+
+DAMAGES = {
+    "cut in the middle": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no checkpoint\n" * 100),
+    "short text": lambda path: path.write_text("}"),
+    "a wrong instruction": other_pickle,
+    "a list": lambda path: torch.save([1, 2], path),
+    "nothing but its script": lambda path: torch.save({"script": torch.load(path, weights_only=True)["script"]}, path),
+    "another script": other_script,
+    "another version's flags": other_flags,
+    "missing": lambda path: path.unlink(),
+}
+
+
+def assert_refused(m, argv, run, match):
+    """BadInput in one line, and neither the run folder nor its parent changes."""
+    before, folders = contents(run), sorted(run.parent.iterdir())
+    with pytest.raises(m.BadInput, match=match) as caught:
+        m.main(argv)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    assert "weights_only" not in str(caught.value)  # torch's advice is to run what the file says
+    assert contents(run) == before and sorted(run.parent.iterdir()) == folders
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_damaged_checkpoint_is_refused(m, run, flag, damage):
+    """One line that names the file, not a traceback."""
+    DAMAGES[damage](run / "checkpoint.pt")
+    assert_refused(m, [flag, str(run)], run, match="checkpoint.pt.*(damaged|script|version|not of)")
+
+
+def test_policy_file_is_not_resumed(m, run):
+    """It has no optimiser state, and a run that went on without one would not be the same run."""
+    assert_refused(m, ["--resume", str(run / "policy.pt")], run, match="policy.pt")
+
+
+def test_resume_with_other_sizes_is_refused(m, run):
+    argv = ["--resume", str(run), *SMALL[m.SCRIPT][1].split()]
+    assert_refused(m, argv, run, match="does not fit these flags")
+
+
+def test_resume_with_another_environment_is_refused(m, run):
+    """CartPole's observations have four entries and its actions are no vector."""
+    assert_refused(m, ["--resume", str(run), "--env-id", "CartPole-v1"], run, match="CartPole")
+    assert_refused(m, ["--resume", str(run), "--env-id", "MountainCarContinuous-v0"], run, match="does not fit")
+
+
+def test_resume_with_other_data_is_refused(m, run, tmp_path):
+    """Same shapes, other numbers: only the fingerprint can tell."""
+    other = write_data(tmp_path / "other.hdf5", seed=1)
+    assert_refused(m, ["--resume", str(run), "--dataset-path", str(other)], run, match="other data")
+
+
+def test_checkpoints_are_data(baseline):
+    """torch.load needs no trust to read them."""
+    for name in ("checkpoint.pt", "policy.pt"):
+        state = torch.load(baseline / name, weights_only=True)
+        assert state["step"] == 24 and all(value.isfinite().all() for value in state["agent"].values())
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("write", [torch.save, lambda state, path: path.write_bytes(pickle.dumps(state))])
+def test_code_in_a_checkpoint_does_not_run(m, tmp_path, write):
+    """A checkpoint from the internet must be harmless, whatever is in it."""
+    path, trace = tmp_path / "checkpoint.pt", tmp_path / "trace"
+    write({"script": m.SCRIPT, "args": Bomb(trace)}, path)
+    with pytest.raises(m.BadInput):
+        m.load(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False) if write is torch.save else pickle.loads(path.read_bytes())
+    assert trace.exists()  # the bomb is a real one
+
+
+# ---------------------------------------------------------------- non-finite losses
+@pytest.mark.parametrize("poisoned, found, good", [(7, 8, 6), (9, 10, 6), (11, 12, 6), (2, 4, None)])
+def test_non_finite_loss_stops_the_run(m, data, tmp_path, monkeypatch, capsys, poisoned, found, good):
+    """At the next log, evaluation or checkpoint: exit code 3 and one line that says what, when and what is left. The
+    checkpoint of before is whole and finite; the poisoned weights are neither written nor evaluated."""
+    batches = itertools.count(1)
+
+    def sample(replay, batch_size, original=m.sample):
+        batch = original(replay, batch_size)
+        return dict(batch, rewards=batch["rewards"] * 1e30) if next(batches) >= poisoned else batch
+
+    monkeypatch.setattr(m, "sample", sample)
+    run = train(m, data, tmp_path, code=3)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith(m.SCRIPT)]
+    assert len(error) == 1 and f"step {found}" in error[0] and str(run / "checkpoint.pt") in error[0]
+    assert re.search(r"losses/\w+ is (inf|nan)", error[0])
+    assert [row["step"] for row in rows(run)] == [step for step in (4, 8, 10) if step < found]
+    assert (run / "checkpoint.pt").exists() == (good is not None) and not list(run.glob("*.tmp"))
+    if good:
+        state = result(run)
+        assert state["step"] == good and all(value.isfinite().all() for value in state["agent"].values())
+
+
+# ---------------------------------------------------------------- flags
+def fields(m):
+    """Args as the source has it: (name, whether it is a bool, the docstring below it or "")."""
+    body = next(node for node in ast.parse(pathlib.Path(m.__file__).read_text()).body
+                if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    for node, after in itertools.zip_longest(body, body[1:]):
+        if isinstance(node, ast.AnnAssign):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            yield node.target.id, ast.unparse(node.annotation) == "bool", after.value.value if is_text else ""
+
+
+def help_text(m, capsys, monkeypatch, *more):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as caught:
+        m.main([*more, "--help"])
+    assert caught.value.code == 0
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+
+
+def test_every_flag_has_help(m, capsys, monkeypatch):
+    """--help shows each flag with the words of its docstring, and booleans as pairs."""
+    text = help_text(m, capsys, monkeypatch)
+    for name, is_bool, doc in fields(m):
+        words = " ".join(doc.split())
+        assert len(words) > 10, f"{name} has no docstring"
+        flag = f"--{name.replace('_', '-')}"
+        pair = rf"{flag}, --no-{flag[2:]}" if is_bool else rf"{flag} \S+"
+        assert re.search(rf"(^| ){pair}.{{0,80}}? {re.escape(words)}", text), name
+    assert len(list(fields(m))) == len(m.asdict(m.Args())) > 20
+
+
+def test_help_shows_the_values_of_the_task(m, capsys, monkeypatch):
+    """What --help says is what a run with this --env-id takes."""
+    env_id, values = TASK[m.SCRIPT]
+    text = help_text(m, capsys, monkeypatch, "--env-id", env_id)
+    for name, value in values.items():
+        shown = re.search(rf"--{name.replace('_', '-')} [A-Z].*?\(default: (.*?)\)", text)
+        assert float(shown[1]) == value, name
+
+
+@pytest.mark.parametrize("style", ["--env-id NAME", "--env-id=NAME", "--env_id NAME"])
+def test_task_values_are_defaults_and_flags_override_them(m, style):
+    """The paper's table reaches the run, however the flag is spelled; a given flag wins."""
+    env_id, values = TASK[m.SCRIPT]
+    argv = style.replace("NAME", env_id).split()
+    args, path, checkpoint = m.parse_args(argv)
+    assert path is None and checkpoint is None and args.env_id == env_id
+    assert {name: getattr(args, name) for name in values} == values
+    assert values["gamma"] != 0.5 and m.parse_args([*argv, "--gamma", "0.5"])[0].gamma == 0.5
+
+
+def test_flags_of_a_checkpoint_are_defaults(m, baseline):
+    """--evaluate and --resume need no other flag."""
+    args, path, checkpoint = m.parse_args(["--evaluate", str(baseline)])
+    assert args == m.Args(**dict(checkpoint["args"], evaluate=str(baseline)))
+    assert path == baseline / "checkpoint.pt" and args.offline_steps == 24
+    assert m.parse_args(["--resume", str(baseline), "--tau", "0.1"])[0].tau == 0.1
+
+
+@pytest.mark.parametrize("wrong", ["--batch-size 0", "--gamma 1.5", "--gamma nan", "--tau -0.1", "--eval-episodes 0",
+                                   "--seed -1", "--offline-steps 0", "--log-interval -5"])
+def test_flag_out_of_range(m, wrong):
+    """Told at once and by name."""
+    with pytest.raises(m.BadInput, match=wrong.split()[0]):
+        m.parse_args(wrong.split())
+
+
+@pytest.mark.parametrize("wrong", ["--batch-size many", "--no-such-flag 1", "--track maybe"])
+def test_flag_that_is_none(m, wrong, capsys):
+    """tyro's own complaint, with the exit code of bad input."""
+    with pytest.raises(SystemExit) as caught:
+        m.main(wrong.split())
+    assert caught.value.code == 2
+
+
+# ---------------------------------------------------------------- the file alone
+def alone(m, folder, *argv, **environ):
+    """Runs a copy of the script in a folder that holds nothing else, as a user who copied the file would."""
+    shutil.copy(m.__file__, folder)
+    environ = {**{key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}, **environ}
+    command = [sys.executable, f"{m.SCRIPT}.py", *argv]
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=600)
+
+
+def test_script_runs_alone(m, data, tmp_path):
+    """No sibling, no repository, no PYTHONPATH; on an environment that Gymnasium itself has."""
+    argv = flags(m.SCRIPT, data, "runs", "--env-id Pendulum-v1 --offline-steps 3 --eval-episodes 1")
+    done = alone(m, tmp_path, *argv)
+    assert done.returncode == 0, done.stderr
+    run, = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("Pendulum-v1__") and result(run)["step"] == 3
+
+
+def test_script_shows_help_alone(m, tmp_path):
+    done = alone(m, tmp_path, "--help")
+    assert done.returncode == 0 and "--env-id" in done.stdout and done.stderr == ""
+
+
+def test_script_alone_without_data(m, tmp_path):
+    """No arguments and no data/ beside the script: one line on stderr, exit code 2, no run folder."""
+    done = alone(m, tmp_path, HOME=str(tmp_path / "home"))
+    assert done.returncode == 2 and done.stderr.startswith(f"{m.SCRIPT}: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "--dataset-path" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {f"{m.SCRIPT}.py", "home", "__pycache__"}
+
+
+def test_optional_packages_are_imported_where_they_are_used(m, data, tmp_path):
+    """A fresh process: importing the script loads none of them, a run without --track loads no wandb."""
+    program = (
+        "import importlib, json, sys\n"
+        f"m = importlib.import_module({m.SCRIPT!r})\n"
+        "names = {'h5py', 'minari', 'moviepy', 'ogbench', 'gymnasium_robotics', 'wandb'}\n"
+        "early = sorted(names & set(sys.modules))\n"
+        "assert m.main(sys.argv[1:]) == 0\n"
+        "print(json.dumps([early, sorted(names & set(sys.modules))]))\n")
+    argv = flags(m.SCRIPT, data, tmp_path, "--env-id Pendulum-v1 --offline-steps 1 --eval-episodes 1")
+    done = subprocess.run([sys.executable, "-c", program, *argv], env=dict(os.environ, PYTHONPATH=str(ROOT)),
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], ["h5py"]]
+
+
+# ---------------------------------------------------------------- wandb and videos
+def test_track_offline(m, data, tmp_path, monkeypatch):
+    """WANDB_MODE=offline writes below the run folder and asks no server: there is none at this address."""
+    wandb = pytest.importorskip("wandb")
+    for name, value in dict(MODE="offline", SILENT="true", BASE_URL="http://127.0.0.1:9").items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    logged = []
+    monkeypatch.setattr(wandb.Run, "log", lambda run, metrics, step: logged.append({"step": step, **metrics}))
+    run = train(m, data, tmp_path, "--track")
+    assert wandb.run is None  # finished
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert logged == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_track_without_wandb(m, data, tmp_path, monkeypatch):
+    """One line that says what to install."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(m.BadInput, match="pip install wandb"):
+        m.main(flags(m.SCRIPT, data, tmp_path, "--track"))
+
+
+def test_capture_video(m, data, run, tmp_path, baseline):
+    """A video per evaluation, named after its step, and the training is the same with and without."""
+    pytest.importorskip("moviepy")
+    more = "--env-id Scripted-v0 --offline-steps 4 --eval-interval 2"
+    plain = train(m, data, tmp_path / "plain", more)
+    filmed = train(m, data, tmp_path / "filmed", more, "--capture-video")
+    videos = list((filmed / "videos").glob("*.mp4"))
+    assert len(videos) >= 2 and all(path.stat().st_size > 500 for path in videos)
+    assert {int(re.search(r"step-(\d+)", path.name)[1]) for path in videos} == {2, 4}
+    assert_same_run(filmed, plain)
+    shutil.rmtree(filmed / "videos")
+    assert m.main(["--evaluate", str(filmed)]) == 0 and list((filmed / "videos").glob("*.mp4"))
+
+
+@pytest.mark.parametrize("reason", ["no moviepy", "no picture"])
+def test_video_that_cannot_be_made(m, data, tmp_path, monkeypatch, reason):
+    """Found out before training, and no run folder is left behind."""
+    if reason == "no moviepy":
+        monkeypatch.setitem(sys.modules, "moviepy", None)
+    else:
+        monkeypatch.setattr(Script, "render", lambda env: 1 / 0)
+    with pytest.raises(m.BadInput, match="--capture-video"):
+        m.main(flags(m.SCRIPT, data, tmp_path, "--env-id Scripted-v0 --capture-video"))
+    assert not list(tmp_path.rglob("args.json"))
+
+
+if __name__ == "__main__":
+    drive(*sys.argv[1:])
