@@ -15,6 +15,7 @@ MAX_COLUMNS = 119
 MAY_DIFFER = {  # name: why two scripts may write it differently
     "Args": "its second half holds the algorithm's own flags; the first half is compared by itself",
     "TASKS": "the values per task are those of each paper",
+    "LOCOMOTION": "values per task, found for each algorithm",
     "task_defaults": "it turns a row of TASKS into flags, which are the algorithm's own",
     "critic_loss": "an equation of each paper",
     "actor_loss": "an equation of each paper",
