@@ -30,6 +30,7 @@ The paper has no D4RL locomotion results; defaults for those tasks are ours (`TA
 """
 import argparse
 import hashlib
+import http.client
 import importlib.metadata
 import json
 import math
@@ -44,6 +45,8 @@ import sys
 import time
 import urllib.request
 import warnings
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -518,10 +521,11 @@ def minari_dataset(args):
         if not get_dataset_path(args.env_id).exists():
             urllib.request.urlopen("https://huggingface.co", timeout=10).close()  # fails at once, where Minari retries
         return minari.load_dataset(args.env_id, download=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"Minari dataset {args.env_id}: {error}. Ways out: give the folder that holds it as "
-                       f"--dataset-path; run `minari download {args.env_id}` where there is a network; or run the "
-                       f"bundled data, `python {SCRIPT}.py`, with the folder data/ beside the script") from error
+    except Exception as error:  # Minari and its download clients fail in many ways
+        raise BadInput(f"Minari dataset {args.env_id}: {error or type(error).__name__}. Ways out: give the folder "
+                       f"that holds it as --dataset-path; run `minari download {args.env_id}` where there is a "
+                       f"network; or run the bundled data, `python {SCRIPT}.py`, with the folder data/ beside the "
+                       "script") from error
 
 
 def make_env(args, **kwargs):
@@ -542,17 +546,20 @@ def make_env(args, **kwargs):
                 gym.register_envs(gymnasium_robotics)
             if env_id == "Ant-v4":
                 kwargs["use_contact_forces"] = True  # D4RL's observation has them
+            if env_id == "AdroitHandPen-v1":
+                kwargs["max_episode_steps"] = 100  # D4RL's limit; here it is 200
             env = gym.make(env_id, **kwargs)
-    except ModuleNotFoundError as error:
-        package = {"PIL": "pillow"}.get(error.name, error.name.replace("_", "-"))
-        raise BadInput(f"--env-id {args.env_id} needs a package: pip install {package}") from error
-    except gym.error.Error as error:
-        raise BadInput(f"--env-id {args.env_id}: no such environment ({error}); see --help") from error
+    except (gym.error.Error, ImportError, ValueError) as error:
+        package = getattr(error, "name", None)  # of an import that failed
+        advice = f"pip install {package.replace('_', '-').replace('PIL', 'pillow')}" if package else "see --help"
+        raise BadInput(f"--env-id {args.env_id} cannot be made ({error}): {advice}") from error
     if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
         env = gym.wrappers.FlattenObservation(env)  # every entry, the goal included
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
             raise BadInput(f"--env-id {args.env_id}: {name} must be flat vectors of numbers, not {space}")
+    if not env.action_space.is_bounded():
+        raise BadInput(f"--env-id {args.env_id}: actions must lie in a bounded box, not {env.action_space}")
     if (env.action_space.low == -1).all() and (env.action_space.high == 1).all():
         return env
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -575,7 +582,10 @@ def normalized_score(episodic_return, reference):
 def download_d4rl(folder, file, path):
     """Fetches a D4RL file to `path` from the first of D4RL_URLS that has it whole, and says which one served."""
     failures, partial = [], path.with_suffix(".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{path} does not exist and cannot be made ({error}): set D4RL_DATASET_DIR") from error
     for url in (template.format(folder=folder, file=file) for template in D4RL_URLS):
         try:
             with urllib.request.urlopen(url, timeout=10) as response, open(partial, "wb") as out:
@@ -588,8 +598,9 @@ def download_d4rl(folder, file, path):
             os.replace(partial, path)
             print(f"downloaded {path} from {url}")
             return
-        except (OSError, BadInput) as error:  # no route, HTTP errors and timeouts are OSErrors
+        except (OSError, http.client.HTTPException, BadInput) as error:  # no route, 404 and timeouts are OSErrors
             failures.append(f"{url}: {error}")
+        finally:
             partial.unlink(missing_ok=True)
     raise BadInput(f"{path} does not exist and no server gave it ({'; '.join(failures)}). Ways out: give the file as "
                    "--dataset-path; put it there or set D4RL_DATASET_DIR to where it lies; or run the bundled data, "
@@ -606,11 +617,14 @@ def read_d4rl(path):
             if missing := [key for key in keys if key not in file]:
                 raise BadInput(f"{path}: {' and '.join(missing)} missing; D4RL's layout has {', '.join(keys)}")
             data, env_id = {key: file[key][()] for key in keys}, file.attrs.get("env_id")
-    except OSError as error:
-        raise BadInput(f"{path}: missing, truncated or not an HDF5 file ({error})") from error
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py's, for damaged files
+        raise BadInput(f"{path}: missing, damaged or not an HDF5 file ({error})") from error
+    if wrong := [key for key in keys if data[key].ndim != (2 if key in ("observations", "actions") else 1)]:
+        raise BadInput(f"{path}: {wrong[0]} have shape {data[wrong[0]].shape}; D4RL's layout has a vector per row of "
+                       "observations and actions and a number per row of the others")
     if len({len(value) for value in data.values()}) != 1 or len(data["rewards"]) == 0:
         raise BadInput(f"{path}: lengths differ or are 0: " + ", ".join(f"{key} {len(data[key])}" for key in keys))
-    return data, env_id
+    return data, env_id.decode() if isinstance(env_id, bytes) else env_id
 
 
 def episode_returns(rewards, ends):
@@ -636,7 +650,7 @@ def load_d4rl(args):
     terminals, timeouts = data["terminals"].astype(bool), data["timeouts"].astype(bool)
     rows = np.flatnonzero(~timeouts[:-1])
     return dict(observations=data["observations"][rows], actions=data["actions"][rows], rewards=data["rewards"][rows],
-                masks=1.0 - terminals[rows], next_observations=data["observations"][rows + 1],
+                masks=1.0 - terminals[rows], next_observations=data["observations"][rows + 1], rows=rows,
                 ), episode_returns(data["rewards"], terminals | timeouts)
 
 
@@ -652,13 +666,14 @@ def flatten_entries(space, values):
 def load_minari(args):
     """Minari stores an episode's last observation too, so no row is lost."""
     dataset, columns, returns = minari_dataset(args), [], []
+    space = dataset.recover_environment(eval_env=True).observation_space  # the file's has its entries in other order
     try:
         for episode in dataset.iterate_episodes():
-            observations = flatten_entries(dataset.observation_space, episode.observations)
+            observations = flatten_entries(space, episode.observations)
             masks = 1.0 - episode.terminations
             columns.append((observations[:-1], episode.actions, episode.rewards, masks, observations[1:]))
             returns.append(episode.rewards.sum())
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"Minari dataset {args.env_id}: damaged ({error}); delete it and fetch it again") from error
     keys = ("observations", "actions", "rewards", "masks", "next_observations")
     return {key: np.concatenate(column) for key, column in zip(keys, zip(*columns))}, returns
@@ -670,7 +685,7 @@ def load_ogbench(args):
 
     try:
         _, data, _ = ogbench.make_env_and_datasets(args.env_id, dataset_path=args.dataset_path, success_timing="post")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"OGBench data of {args.env_id}: {error}. Ways out: give the .npz file (its -val.npz "
                        "beside it) as --dataset-path; or put both into ~/.ogbench/data") from error
     returns = episode_returns(data["rewards"], data.pop("terminals"))
@@ -685,8 +700,13 @@ def load_dataset(args, env):
     """
     loaders = dict(ogbench=load_ogbench, minari=load_minari, d4rl=load_d4rl, gymnasium=load_d4rl)
     data, returns = loaders[source(args)](args)
+    rows = data.pop("rows", np.arange(len(data["rewards"])))  # where each transition lies in the file
     data = {key: np.asarray(value, dtype=np.float32) for key, value in data.items()}
     name = args.dataset_path or args.env_id
+    if {len(value) for value in data.values()} != {len(rows)}:
+        raise BadInput(f"{name}: lengths differ: {', '.join(f'{key} {len(value)}' for key, value in data.items())}")
+    if len(rows) == 0 or len(returns) == 0:
+        raise BadInput(f"{name}: {len(rows)} transitions and {len(returns)} whole episodes; it takes one of each")
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if data[key].shape[1:] != space.shape:
             raise BadInput(f"{name}: {key} have shape {data[key].shape[1:]}, but --env-id {args.env_id} wants "
@@ -694,12 +714,14 @@ def load_dataset(args, env):
     for key, value in data.items():
         bad = ~np.isfinite(value).reshape(len(value), -1).all(1)
         if bad.any():
-            raise BadInput(f"{name}: NaN or infinity in {bad.sum()} rows of {key}, the first is row {bad.argmax()}")
+            first = rows[bad.argmax()]
+            raise BadInput(f"{name}: NaN or infinity in {bad.sum()} rows of {key}, the first is row {first}")
     box = env.env.action_space if isinstance(env, gym.wrappers.RescaleAction) else env.action_space
-    data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    data["actions"] = (2 * (data["actions"] - box.low) / (box.high - box.low) - 1).astype(np.float32)
     outside = np.abs(data["actions"]).max(1) > 1 + 1e-4
     if outside.any():
-        raise BadInput(f"{name}: {outside.sum()} actions outside the action box, the first is row {outside.argmax()}")
+        first = rows[outside.argmax()]
+        raise BadInput(f"{name}: {outside.sum()} actions outside the action box, the first is row {first}")
     data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
     return data, np.array(returns, dtype=np.float64)
 
@@ -961,5 +983,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except BadInput as error:
-        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        print(f"{SCRIPT}: {' '.join(str(error).split())}", file=sys.stderr)  # one line
         sys.exit(2)
