@@ -36,7 +36,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import platform
 import re
 import shutil
@@ -737,6 +736,7 @@ def sample(replay, batch_size):
 # ---------------------------------------------------------------- evaluation
 def make_video_env(args, folder, prefix):
     """The environment of --env-id; its first episode is written to `folder`."""
+    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")  # a prefix for each evaluation
     try:
         env = make_env(args, render_mode="rgb_array")
         env.reset()
@@ -797,8 +797,8 @@ def load(path):
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise BadInput(f"{path}: missing, damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch's unpickler fails in a dozen ways, and advises to run what the file says
+        raise BadInput(f"{path}: missing, damaged or not a checkpoint ({type(error).__name__})") from error
     script = state.get("script") if isinstance(state, dict) else None
     if script != SCRIPT:
         raise BadInput(f"{path}: a checkpoint of {script or 'something else'}, not of {SCRIPT}")
@@ -810,8 +810,8 @@ class Log:
 
     def __init__(self, run_dir, args, offset):
         self.file, self.wandb = (run_dir / "metrics.jsonl").open("a"), None
-        self.file.truncate(offset)  # rows after the checkpoint will be written again
-        self.file.seek(offset)
+        end = self.file.seek(min(offset, self.file.seek(0, os.SEEK_END)))
+        self.file.truncate(end)  # rows after the checkpoint will be written again
         if args.track:
             try:
                 import wandb
@@ -849,7 +849,7 @@ def parse_args(argv=None):
         path, checkpoint = load(given.resume or given.evaluate)
         try:
             defaults = Args(**{**checkpoint["args"], "resume": None, "evaluate": None})
-        except TypeError as error:
+        except (KeyError, TypeError) as error:
             raise BadInput(f"{path}: written by another version of {SCRIPT} ({error})") from error
     else:
         env_id = given.env_id or Args.env_id
@@ -859,6 +859,8 @@ def parse_args(argv=None):
         flag = f"--{key.replace('_', '-')} {value}"
         if isinstance(value, int) and not isinstance(value, bool) and value < (0 if key == "seed" else 1):
             raise BadInput(f"{flag}: must be at least 1")
+        if isinstance(value, float) and not value >= 0:
+            raise BadInput(f"{flag}: must be at least 0")
         if key in ("gamma", "tau") and not 0 <= value <= 1:
             raise BadInput(f"{flag}: must lie between 0 and 1")
         if checkpoint is not None and key not in ("resume", "evaluate") and value != getattr(defaults, key):
@@ -916,12 +918,12 @@ def main(argv=None):
     run_dir = checkpoint_path.parent if args.resume else pathlib.Path(args.runs_dir) / name
     video_dir = run_dir / "videos" if args.capture_video else None
     if args.capture_video:
-        make_video_env(args, video_dir, "test").close()  # fails now rather than after hours
+        make_video_env(args, pathlib.Path(args.runs_dir), "test").close()  # fails now rather than after hours
     packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
     about = {"args": asdict(args), "data": summary, "device": str(device), "threads": torch.get_num_threads(),
              "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}}
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
         log = Log(run_dir, args, checkpoint["log_offset"] if args.resume else 0)
     except OSError as error:
@@ -945,23 +947,27 @@ def main(argv=None):
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
     bar = tqdm(total=args.offline_steps, initial=agent.step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step = time.time(), agent.step
-    while agent.step < args.offline_steps and not interrupts:
+    stop = False
+    while agent.step < args.offline_steps and not stop:
+        if agent.step and agent.step % args.eval_interval == 0:  # after the checkpoint, so that resuming repeats it
+            paused = time.time()
+            evaluate_and_log("eval/", candidates)
+            clock += time.time() - paused
         parts = agent.update(sample(replay, args.batch_size))
         bar.update()
         stop = agent.step == args.offline_steps or bool(interrupts)
         log_due, save_due = agent.step % args.log_interval == 0, agent.step % args.checkpoint_interval == 0 or stop
-        if log_due or save_due:  # the only time that the losses are read from the device
+        if log_due or save_due or agent.step % args.eval_interval == 0:  # else losses stay on the device
             values = {f"losses/{name}": value.item() for name, value in parts.items()}
             if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+                bar.close()
+                log.close()
                 print(f"{SCRIPT}: step {agent.step}: {bad[0]} is {values[bad[0]]}; the last good checkpoint is "
                       f"{run_dir / 'checkpoint.pt'}, if one was due", file=sys.stderr)
                 return 3
             if log_due:
                 ups, clock, clock_step = (agent.step - clock_step) / (time.time() - clock), time.time(), agent.step
                 log(agent.step, {"charts/UPS": ups, "charts/alpha": agent.alpha.item(), **values})
-        if agent.step % args.eval_interval == 0 and not stop:
-            evaluate_and_log("eval/", candidates)
-            clock = time.time()
         if save_due:
             state = dict(script=SCRIPT, args=asdict(args), step=agent.step, data=summary, agent=agent.state_dict())
             save(state, run_dir / "policy.pt")

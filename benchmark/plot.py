@@ -36,7 +36,7 @@ def main():
 
     curves = defaultdict(list)
     for run in args.runs:
-        label, folder = run.split("=", 1)
+        label, folder = run.rsplit("=", 1)
         rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
         curves[label].append(np.array([(row["step"], row[args.metric]) for row in rows if args.metric in row]))
     figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
@@ -46,7 +46,7 @@ def main():
         mean = np.mean([curve[: min(map(len, runs)), 1] for curve in runs], axis=0)
         axes.plot(runs[0][: len(mean), 0], mean, color=color, marker="o", markersize=3, label=f"{label} ({len(runs)})")
     for line in args.line:
-        label, value = line.split("=", 1)
+        label, value = line.rsplit("=", 1)
         axes.axhline(float(value), color="gray", linestyle="--", linewidth=1)
         axes.annotate(label, (0, float(value)), xytext=(2, 2), textcoords="offset points", color="gray", fontsize=8)
     axes.set(xlabel="gradient steps", ylabel=args.metric, title=args.title)

@@ -137,6 +137,12 @@ def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
+def process(command, **more):
+    """Runs a command on one thread, whatever happens to it: the caller looks at the result."""
+    environ = {**more.pop("env", os.environ), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, **more)
+
+
 @contextlib.contextmanager
 def at_step(monkeypatch, m, place, step, act):
     """Calls act() at the end of the update number `step`, or where an evaluation or a row of that step begins."""
@@ -165,8 +171,12 @@ def at_step(monkeypatch, m, place, step, act):
 # ---------------------------------------------------------------- fixtures
 @pytest.fixture(scope="module", params=SCRIPTS)
 def m(request):
+    """The script. One thread is the fastest for its tiny networks, by far where other programs are busy."""
     register_environments()
-    return importlib.import_module(request.param)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module(request.param)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +217,7 @@ def test_run_folder_holds_the_documented_files(m, baseline):
     assert {path.name for path in baseline.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "policy.pt"}
     about = json.loads((baseline / "args.json").read_text())
     assert (about["args"]["offline_steps"], about["args"]["seed"], about["args"]["env_id"]) == (24, 1, "Short-v0")
-    assert about["device"] == "cpu" and about["threads"] == torch.get_num_threads()
+    assert about["device"] == "cpu" and about["threads"] == 1
     assert about["versions"]["torch"] == torch.__version__
     assert {"python", "numpy", "gymnasium"} <= set(about["versions"])
     assert re.fullmatch("[0-9a-f]{64}", about["data"]["sha256"])
@@ -459,7 +469,7 @@ def drive(script, data, folder, steps):
 def test_killed_at_random_moments_and_resumed(m, data, tmp_path):
     """A preempted run ends with the bits of an undisturbed one, wherever it was hit, half-written files included."""
     command = [sys.executable, __file__, m.SCRIPT, str(data), str(tmp_path), "96"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = process(command)
     assert done.returncode == 0, done.stderr
     kills = json.loads(done.stdout.splitlines()[-1])
     assert len(kills) >= 10 and set(kills) >= set(PLACES), kills
@@ -732,7 +742,7 @@ def alone(m, folder, *argv, **environ):
     shutil.copy(m.__file__, folder)
     environ = {**{key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}, **environ}
     command = [sys.executable, f"{m.SCRIPT}.py", *argv]
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=600)
+    return process(command, cwd=folder, env=environ)
 
 
 def test_script_runs_alone(m, data, tmp_path):
@@ -767,8 +777,7 @@ def test_optional_packages_are_imported_where_they_are_used(m, data, tmp_path):
         "assert m.main(sys.argv[1:]) == 0\n"
         "print(json.dumps([early, sorted(names & set(sys.modules))]))\n")
     argv = flags(m.SCRIPT, data, tmp_path, "--env-id Pendulum-v1 --offline-steps 1 --eval-episodes 1")
-    done = subprocess.run([sys.executable, "-c", program, *argv], env=dict(os.environ, PYTHONPATH=str(ROOT)),
-                          capture_output=True, text=True, timeout=600)
+    done = process([sys.executable, "-c", program, *argv], env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [[], ["h5py"]]
 
