@@ -1,6 +1,6 @@
 """Makes the bundled dataset `meanflow/hopper/medium-replay-v0`: the replay buffer of one SAC run on Hopper-v5.
 
-    pip install stable-baselines3==2.9.2
+    pip install stable-baselines3==2.9.2 "minari[create]==0.5.4"
     python data/collect_hopper.py
 
 Every transition that stable-baselines3's SAC (default hyper-parameters) sees while it learns is kept, from the first

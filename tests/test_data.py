@@ -537,6 +537,7 @@ def test_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- Minari
 def collect(dataset_id, kind="flat", episodes=3, **metadata):
     """A Minari dataset of ToyEnv; returns the actions and what FlattenObservation shows of the same episodes."""
+    pytest.importorskip("jax", reason="Minari makes datasets with jax: pip install minari[create]")
     recorder = minari.DataCollector(gym.make("DataTestToy-v0", kind=kind))
     shown, actions, flat = [], [], gym.make("DataTestToy-v0", kind=kind)
     if kind != "flat":
@@ -586,8 +587,20 @@ def test_minari_rows_masks_and_order_of_entries(kind, where, tmp_path, monkeypat
     assert {value.dtype for value in data.values()} == {np.dtype(np.float32)}
 
 
+def test_bundled_dataset():
+    """The data of the run without arguments, as the README states them; also covers Minari where jax is missing."""
+    args = m.Args()
+    data, returns = m.load_dataset(args, m.make_env(args))
+    assert data["observations"].shape == (90_923, 11) and data["actions"].shape == (90_923, 3) and len(returns) == 433
+    assert abs(returns.mean() - 580.47) < 0.01 and m.reference_scores(args) == (-20.272305, 3234.3)
+    ends = np.flatnonzero((data["observations"][1:] != data["next_observations"][:-1]).any(1))
+    assert len(ends) == 432  # every episode's last observation is its own
+    assert (data["masks"] == 0).sum() > 300 and (data["masks"][ends] == 1).sum() > 0  # falls end, time limits do not
+
+
 def test_minari_from_buffers(tmp_path):
     """float64 buffers, written without any environment running, for a real environment (Pendulum, box +-2)."""
+    pytest.importorskip("jax", reason="Minari makes datasets with jax: pip install minari[create]")
     from minari.data_collector import EpisodeBuffer
 
     draw = np.random.default_rng(0)
