@@ -187,7 +187,8 @@ def task_defaults(env_id):
     """Defaults of `Args` for one task, as a dict; a name that nothing is known of gets those of the class."""
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
         return dict(LOCOMOTION, tau=0.02, actor_learning_rate=3e-4, offline_steps=15_000, eval_episodes=20,
-                    eval_interval=3_000, policy_width=64, policy_depth=2, critic_width=256, critic_depth=2)
+                    eval_interval=3_000, policy_width=64, policy_depth=2, critic_width=256, critic_depth=2,
+                    compile=shutil.which("g++") is not None)
     if re.match(r"(mujoco/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
         return LOCOMOTION
     for pattern, (alpha, num_candidates, time_steps, gamma) in TASKS.items():
