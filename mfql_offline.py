@@ -32,6 +32,7 @@ import argparse
 import hashlib
 import http.client
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -108,10 +109,30 @@ class Args:
     """transitions per gradient step"""
     gamma: float = 0.99
     """discount factor, Eq. (6)"""
-    reward_scale: float = 1.0
-    """factor on the rewards in training; large returns (thousands) keep the critic from catching up with its target"""
     tau: float = 0.005
     """Polyak rate of the target critic, after every step"""
+    reward_normalization: Literal["none", "return_range", "standardize"] = "none"
+    """return_range: rewards times 1000 / (best - worst return of the data); standardize: to mean 0 and deviation 1"""
+    reward_scale: float = 1.0
+    """factor on the rewards in training; large returns (thousands) keep the critic from catching up with its target"""
+    reward_shift: float = 0.0
+    """added to the (scaled) rewards in training"""
+    observation_normalization: Literal["dataset", "none"] = "dataset"
+    """dataset: subtract the data's mean and divide by its standard deviation"""
+    policy_width: int = 256
+    """width of the policy's hidden layers"""
+    policy_depth: int = 3
+    """number of the policy's residual blocks"""
+    critic_width: int = 512
+    """width of the critic's hidden layers"""
+    critic_depth: int = 4
+    """number of the critic's hidden layers"""
+    num_candidates: int = 5
+    """N of Eq. (5), wherever the flags below do not say otherwise"""
+    num_candidates_eval: int | None = None
+    """N when acting; None is --num-candidates. The final evaluation also reports N = 1"""
+    num_candidates_target: int | None = None
+    """N in the Bellman target, Eq. (6); None is --num-candidates"""
     alpha: float = 1.0
     """weight of the cloning loss in the actor loss, Eq. (7): larger stays closer to the data"""
     alpha_schedule: Literal["adaptive", "constant", "cosine"] = "adaptive"
@@ -120,12 +141,6 @@ class Args:
     """divide the Q term of Eq. (7) by the batch mean of |Q|, which frees alpha from the scale of the rewards"""
     q_aggregation: Literal["mean", "min"] = "mean"
     """how the two target critics become one value, in Eq. (5) and (6)"""
-    num_candidates: int = 5
-    """N of Eq. (5), wherever the two flags below do not say otherwise"""
-    num_candidates_target: int | None = None
-    """N in the Bellman target, Eq. (6); None is --num-candidates"""
-    num_candidates_eval: int | None = None
-    """N when acting; None is --num-candidates. The final evaluation also reports N = 1"""
     time_steps: int = 50
     """T: t is drawn from {1/T, ..., 1}; above 1000 uniformly from [0, 1)"""
     policy_form: Literal["residual", "meanflow", "naive"] = "residual"
@@ -145,16 +160,6 @@ class Args:
     """Adam step size of the critic, constant"""
     max_grad_norm: float = 1.0
     """gradient-norm clip, for the actor and the critic apart"""
-    observation_normalization: Literal["dataset", "none"] = "dataset"
-    """dataset: subtract the data's mean and divide by its standard deviation"""
-    policy_width: int = 256
-    """width H of the policy network"""
-    policy_depth: int = 3
-    """number of residual blocks of the policy network"""
-    critic_width: int = 512
-    """width of the critic's hidden layers"""
-    critic_depth: int = 4
-    """number of the critic's hidden layers"""
 
 
 # Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names.
@@ -452,6 +457,11 @@ class Agent(nn.Module):
         noise = torch.randn(shape, device=observations.device, generator=generator)
         return best_of_n(self.policy, self.target_critic, observations, noise, self.args)[0]
 
+    def charts(self):
+        """What the log shows besides the losses."""
+        return {"charts/alpha": self.alpha.item(),
+                "charts/actor_learning_rate": self.actor_optimizer.param_groups[0]["lr"].item()}
+
     def training_state(self):
         """What continuing needs besides `state_dict()`."""
         return dict(actor_optimizer=self.actor_optimizer.state_dict(), alpha_history=self.alpha_history,
@@ -581,7 +591,7 @@ def normalized_score(episodic_return, reference):
 
 def download_d4rl(folder, file, path):
     """Fetches a D4RL file to `path` from the first of D4RL_URLS that has it whole, and says which one served."""
-    failures, partial = [], path.with_suffix(".part")
+    failures, partial = [], path.with_suffix(f".{os.getpid()}.part")  # of this process alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -726,6 +736,17 @@ def load_dataset(args, env):
     return data, np.array(returns, dtype=np.float64)
 
 
+def reward_scale_and_shift(args, rewards, returns):
+    """(scale, shift) of the rewards in training, r -> scale r + shift, from the data's rewards and episode returns."""
+    scale, shift = args.reward_scale, args.reward_shift
+    if args.reward_normalization == "return_range":
+        scale *= 1000 / max(returns.max() - returns.min(), 1e-6)
+    elif args.reward_normalization == "standardize":
+        std = max(rewards.std(dtype=np.float64), 1e-6)
+        scale, shift = scale / std, shift - scale * rewards.mean(dtype=np.float64) / std
+    return float(scale), float(shift)
+
+
 # ---------------------------------------------------------------- replay
 def sample(replay, batch_size):
     """A uniform batch, with replacement, drawn where the replay tensors live."""
@@ -753,7 +774,7 @@ def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
 
     Environments and random generator are its own, so training does not notice.
     """
-    count, device = args.eval_episodes, agent.alpha.device
+    count, device = args.eval_episodes, agent.obs_mean.device
     generator = torch.Generator(device).manual_seed(args.seed)
     makers = [lambda: make_env(args)] * count
     if video_dir is not None:
@@ -814,13 +835,11 @@ class Log:
         end = self.file.seek(min(offset, self.file.seek(0, os.SEEK_END)))
         self.file.truncate(end)  # rows after the checkpoint will be written again
         if args.track:
-            try:
-                import wandb
+            import wandb
 
+            try:
                 self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
                                         id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-            except ModuleNotFoundError as error:
-                raise BadInput("--track needs wandb: pip install wandb") from error
             except wandb.errors.Error as error:
                 raise BadInput(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from error
 
@@ -846,6 +865,8 @@ def parse_args(argv=None):
         peek.add_argument(f"--{flag}", f"--{flag.replace('-', '_')}")
     given, _ = peek.parse_known_args(argv)
     path = checkpoint = None
+    if given.resume and given.evaluate:
+        raise BadInput("--resume and --evaluate exclude each other: the one trains on, the other only evaluates")
     if given.resume or given.evaluate:
         path, checkpoint = load(given.resume or given.evaluate)
         try:
@@ -858,9 +879,10 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n")[0])
     for key, value in asdict(args).items():
         flag = f"--{key.replace('_', '-')} {value}"
-        if isinstance(value, int) and not isinstance(value, bool) and value < (0 if key == "seed" else 1):
-            raise BadInput(f"{flag}: must be at least 1")
-        if isinstance(value, float) and not value >= 0:
+        least = 0 if key in ("seed", "ema_start") else 1
+        if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**63:
+            raise BadInput(f"{flag}: must be at least {least} and fit into 64 bits")
+        if isinstance(value, float) and not (value >= 0 or key in ("reward_shift", "time_mean") and value > -math.inf):
             raise BadInput(f"{flag}: must be at least 0")
         if key in ("gamma", "tau") and not 0 <= value <= 1:
             raise BadInput(f"{flag}: must lie between 0 and 1")
@@ -912,12 +934,15 @@ def main(argv=None):
     replay = {key: torch.as_tensor(value, device=device) for key, value in data.items()}
     for key in ("observations", "next_observations"):
         replay[key] = (replay[key] - agent.obs_mean) / agent.obs_std
-    replay["rewards"] *= args.reward_scale
+    reward_scale, reward_shift = reward_scale_and_shift(args, data["rewards"], data_returns)
+    replay["rewards"] = reward_scale * replay["rewards"] + reward_shift
     del data
 
     name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = checkpoint_path.parent if args.resume else pathlib.Path(args.runs_dir) / name
     video_dir = run_dir / "videos" if args.capture_video else None
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise BadInput("--track needs wandb: pip install wandb")
     if args.capture_video:
         make_video_env(args, pathlib.Path(args.runs_dir), "test").close()  # fails now rather than after hours
     packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
@@ -968,7 +993,7 @@ def main(argv=None):
                 return 3
             if log_due:
                 ups, clock, clock_step = (agent.step - clock_step) / (time.time() - clock), time.time(), agent.step
-                log(agent.step, {"charts/UPS": ups, "charts/alpha": agent.alpha.item(), **values})
+                log(agent.step, {"charts/UPS": ups, **agent.charts(), **values})
         if save_due:
             state = dict(script=SCRIPT, args=asdict(args), step=agent.step, data=summary, agent=agent.state_dict())
             save(state, run_dir / "policy.pt")
