@@ -200,6 +200,9 @@ def task_defaults(env_id):
                     compile=shutil.which("g++") is not None)
     if re.match(r"(mujoco/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
         return LOCOMOTION
+    for pattern, (inverse_temperature, eta) in TASKS.items():
+        if re.fullmatch(pattern, env_id):
+            return dict(inverse_temperature=inverse_temperature, eta=eta)
     return {}
 
 
@@ -326,6 +329,13 @@ def actor_loss(policy, critic, batch, draws, args):
     return l_fbc + args.eta * l_q, dict(mean_flow=l_fbc.detach(), q=l_q.detach(), q_mean=q.detach().mean())  # Eq. (7)
 
 
+def learning_rate(step, args):
+    """Step size of gradient step number `step` (from 0)."""
+    if args.learning_rate_schedule == "constant":
+        return args.learning_rate
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * min(step / args.offline_steps, 1.0)))
+
+
 class Agent(nn.Module):
     """Networks, optimisers and schedules of OFQL: `update` is one gradient step, `act` is Eq. (8)."""
 
@@ -343,10 +353,10 @@ class Agent(nn.Module):
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.to(device)
-        self.learning_rate = torch.tensor(args.learning_rate, device=device)
-        adam = dict(lr=self.learning_rate, fused=True, capturable=device.type == "cuda")
-        self.actor_optimizer = torch.optim.AdamW(self.policy.parameters(), weight_decay=args.weight_decay, **adam)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
+        adam = dict(fused=True, capturable=device.type == "cuda")
+        self.actor_optimizer = torch.optim.AdamW(self.policy.parameters(), lr=torch.zeros((), device=device),
+                                                 weight_decay=args.weight_decay, **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=torch.zeros((), device=device), **adam)
         self.critic_loss = torch.compile(critic_loss) if args.compile else critic_loss
         self.actor_loss = torch.compile(actor_loss) if args.compile else actor_loss
 
@@ -360,9 +370,8 @@ class Agent(nn.Module):
             torch.randn(batch_size, act_dim, device=device),  # e of Eq. (7)
             torch.rand((), device=device) < 0.5,  # which critic is i in Eq. (7)
         )
-        if args.learning_rate_schedule == "cosine":
-            progress = min(self.step / args.offline_steps, 1.0)
-            self.learning_rate.fill_(args.learning_rate * 0.5 * (1 + math.cos(math.pi * progress)))
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            optimizer.param_groups[0]["lr"].fill_(learning_rate(self.step, args))
 
         target_policy = self.ema_policy if args.target_policy == "ema" else self.policy
         l_critic = self.critic_loss(target_policy, self.critic, self.target_critic, batch, next_noise, args)
@@ -403,7 +412,7 @@ class Agent(nn.Module):
 
     def charts(self):
         """What the log shows besides the losses."""
-        return {"charts/learning_rate": self.learning_rate.item()}
+        return {"charts/learning_rate": self.actor_optimizer.param_groups[0]["lr"].item()}
 
     def training_state(self):
         """What continuing needs besides `state_dict()`."""

@@ -30,12 +30,15 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SCRIPTS = ["mfql_offline"]
+SCRIPTS = ["mfql_offline", "ofql_offline"]
 SMALL = {  # flags that make a script's networks small, and the same with other sizes
     "mfql_offline": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1", "--critic-width 24"),
+    "ofql_offline": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1 --num-candidates 5 "
+                     "--ema-start 7 --target-interval 3 --learning-rate-schedule cosine", "--critic-width 24"),
 }
-TASK = {  # an OGBench task that the paper lists with its values
+TASK = {  # a task that the script lists with its values
     "mfql_offline": ("cube-double-play-singletask-task2-v0", dict(alpha=120, num_candidates=5, gamma=0.995)),
+    "ofql_offline": ("antmaze-medium-diverse-v2", dict(eta=0.001, inverse_temperature=5, gamma=0.99)),
 }
 # The intervals share few multiples, so that rows, evaluations and checkpoints come in every order.
 STEPS = "--offline-steps 24 --log-interval 4 --eval-interval 10 --checkpoint-interval 6 --eval-episodes 2"
@@ -720,8 +723,12 @@ def test_flag_out_of_range(m, wrong):
 
 
 def test_no_number_may_be_negative(m):
-    """A negative learning rate or norm would train the wrong way round without a word."""
-    numbers = [name for name, value in m.asdict(m.Args()).items() if type(value) in (int, float)]
+    """A negative learning rate or norm would train the wrong way round without a word. Two flags may be negative."""
+    numbers = [name for name, value in m.asdict(m.Args()).items()
+               if type(value) in (int, float) and name not in ("reward_shift", "time_mean")]
+    assert m.parse_args(["--reward-shift", "-1"])[0].reward_shift == -1
+    with pytest.raises(m.BadInput, match="--reward-shift nan"):
+        m.parse_args(["--reward-shift", "nan"])
     assert len(numbers) > 15
     for flag in (f"--{name.replace('_', '-')}" for name in numbers):
         with pytest.raises(m.BadInput, match=f"{flag} -1"):

@@ -17,9 +17,13 @@ MAY_DIFFER = {  # name: why two scripts may write it differently
     "TASKS": "the values per task are those of each paper",
     "LOCOMOTION": "values per task, found for each algorithm",
     "task_defaults": "it turns a row of TASKS into flags, which are the algorithm's own",
+    "Policy": "the papers' networks",
+    "TwinCritic": "the papers' networks",
+    "mean_flow_output_and_target": "an equation of each paper",
+    "mean_flow_loss": "an equation of each paper",
+    "one_step_action": "an equation of each paper",
     "critic_loss": "an equation of each paper",
     "actor_loss": "an equation of each paper",
-    "losses": "the sum of each paper's losses",
     "Agent": "networks, optimisers and schedules are the algorithm's own",
 }
 
