@@ -64,13 +64,14 @@ SCRIPT = pathlib.Path(__file__).stem
 
 @dataclass
 class Args:
-    # ---- experiment: the same in every script ----
     env_id: str = "meanflow/hopper/medium-replay-v0"
     """data and environment: a D4RL name (hopper-medium-v2), a Minari id (mujoco/hopper/medium-v0), an OGBench task
     (cube-single-play-singletask-task2-v0), or a Gymnasium id (Hopper-v5) together with --dataset-path"""
     dataset_path: str | None = None
     """where the data lies if not at the usual place: an HDF5 file (D4RL layout), an OGBench .npz file, or for a
     Minari id the folder that stands for ~/.minari/datasets"""
+
+    # ---- experiment: the same in every script ----
     seed: int = 1
     """seed of the networks, the batches, the noise and the evaluation episodes"""
     cuda: bool = True
@@ -90,13 +91,13 @@ class Args:
     runs_dir: str = "runs"
     """folder that holds the run folders"""
     log_interval: int = 1000
-    """gradient steps between two rows of losses in metrics.jsonl"""
+    """steps (offline: gradient steps, online: environment steps) between two rows of losses in metrics.jsonl"""
     eval_interval: int = 50_000
-    """gradient steps between two evaluations; evaluating never changes the training"""
+    """steps between two evaluations; evaluating never changes the training"""
     eval_episodes: int = 50
     """episodes per evaluation, each with its own seed"""
     checkpoint_interval: int = 10_000
-    """gradient steps between two checkpoints; one is also written at the end, on Ctrl-C and on SIGTERM"""
+    """steps between two checkpoints; one is also written at the end, on Ctrl-C and on SIGTERM"""
     resume: str | None = None
     """run folder or checkpoint.pt to continue bit for bit, with its own flags; flags given beside it override those"""
     evaluate: str | None = None

@@ -63,13 +63,14 @@ SCRIPT = pathlib.Path(__file__).stem
 
 @dataclass
 class Args:
-    # ---- experiment: the same in every script ----
     env_id: str = "meanflow/hopper/medium-replay-v0"
     """data and environment: a D4RL name (hopper-medium-v2), a Minari id (mujoco/hopper/medium-v0), an OGBench task
     (cube-single-play-singletask-task2-v0), or a Gymnasium id (Hopper-v5) together with --dataset-path"""
     dataset_path: str | None = None
     """where the data lies if not at the usual place: an HDF5 file (D4RL layout), an OGBench .npz file, or for a
     Minari id the folder that stands for ~/.minari/datasets"""
+
+    # ---- experiment: the same in every script ----
     seed: int = 1
     """seed of the networks, the batches, the noise and the evaluation episodes"""
     cuda: bool = True
@@ -89,13 +90,13 @@ class Args:
     runs_dir: str = "runs"
     """folder that holds the run folders"""
     log_interval: int = 1000
-    """gradient steps between two rows of losses in metrics.jsonl"""
+    """steps (offline: gradient steps, online: environment steps) between two rows of losses in metrics.jsonl"""
     eval_interval: int = 50_000
-    """gradient steps between two evaluations; evaluating never changes the training"""
+    """steps between two evaluations; evaluating never changes the training"""
     eval_episodes: int = 50
     """episodes per evaluation, each with its own seed"""
     checkpoint_interval: int = 10_000
-    """gradient steps between two checkpoints; one is also written at the end, on Ctrl-C and on SIGTERM"""
+    """steps between two checkpoints; one is also written at the end, on Ctrl-C and on SIGTERM"""
     resume: str | None = None
     """run folder or checkpoint.pt to continue bit for bit, with its own flags; flags given beside it override those"""
     evaluate: str | None = None
@@ -172,37 +173,34 @@ class Args:
 
 # Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names. The
 # inverse temperatures are CleanDiffuser's. The paper publishes no eta per task: these are the ones that the author's
-# code base uses for the sibling method, on the paper's grid; ours where that has none. Steps are the paper's.
+# code base uses for the sibling method, on the paper's grid. Rewards and steps are the paper's except for the shift of
+# AntMaze (author's code base; the paper: --reward-scale 4 --reward-shift -2).
 TASKS = {
-    # pattern: inverse temperature w, eta
-    r"halfcheetah-medium-expert-v2": (50, 0.1),
-    r"hopper-medium-expert-v2": (8, 0.01),
-    r"walker2d-medium-expert-v2": (300, 0.1),
-    r"halfcheetah-medium(-replay)?-v2": (50, 0.5),  # no published value of a relative either
-    r"hopper-medium(-replay)?-v2": (100, 0.01),
-    r"walker2d-medium-v2": (300, 0.1),
-    r"walker2d-medium-replay-v2": (300, 0.01),
-    r"antmaze-medium-play-v2": (10, 0.01),
-    r"antmaze-medium-diverse-v2": (5, 0.001),
-    r"antmaze-large-play-v2": (5, 0.3),
-    r"antmaze-large-diverse-v2": (10, 0.3),
-    r"kitchen-(partial|mixed)-v0": (3, 0.01),
-    r"pen-(human|cloned)-v1": (50, 0.1),  # eta of official diffusion Q-learning
+    # pattern: inverse temperature w, eta, further flags
+    r"antmaze-medium-play-v2": (10, 0.01, dict(reward_shift=-1.0, max_q_backup=True)),
+    r"antmaze-medium-diverse-v2": (5, 0.001, dict(reward_shift=-1.0, max_q_backup=True)),
+    r"antmaze-large-play-v2": (5, 0.3, dict(reward_shift=-1.0, max_q_backup=True)),
+    r"antmaze-large-diverse-v2": (10, 0.3, dict(reward_shift=-1.0, max_q_backup=True)),
+    r"kitchen-(partial|mixed)-v0": (3, 0.01, dict()),
+    r"pen-(human|cloned)-v1": (50, 0.1, dict(reward_normalization="standardize")),  # all official diffusion Q-learning
 }
 BUNDLED = "meanflow/hopper/medium-replay-v0"
-LOCOMOTION = dict()
+# Ours, found on Hopper data (benchmark/results), where both published sets of settings did worse in the same number of
+# updates; the README gives those as commands, with their eta and w for each task.
+LOCOMOTION = dict(gamma=0.995, tau=0.01, reward_scale=0.1, eta=0.1, inverse_temperature=30.0, noise_temperature=1.0,
+                  learning_rate_schedule="cosine")
 
 
 def task_defaults(env_id):
     """Defaults of `Args` for one task, as a dict; a name that nothing is known of gets those of the class."""
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
-        return dict(LOCOMOTION, offline_steps=15_000, eval_episodes=20, eval_interval=3_000,
-                    compile=shutil.which("g++") is not None)
+        return dict(LOCOMOTION, tau=0.02, offline_steps=25_000, eval_episodes=20, eval_interval=5_000,
+                    policy_width=128, critic_width=128, compile=shutil.which("g++") is not None)
     if re.match(r"(mujoco/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
-        return LOCOMOTION
-    for pattern, (inverse_temperature, eta) in TASKS.items():
+        return dict(LOCOMOTION, offline_steps=2_000_000)
+    for pattern, (inverse_temperature, eta, more) in TASKS.items():
         if re.fullmatch(pattern, env_id):
-            return dict(inverse_temperature=inverse_temperature, eta=eta)
+            return dict(inverse_temperature=inverse_temperature, eta=eta, **more)
     return {}
 
 

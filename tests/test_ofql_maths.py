@@ -144,7 +144,7 @@ def test_time_mean_and_time_std_are_those_of_the_logits(mean, std):
 
 @pytest.mark.parametrize("time_sampling", ["logit-normal", "uniform"])
 @pytest.mark.parametrize("ratio, batch_size, plain", [
-    (0.5, 256, 128), (0.5, 7, 3), (0.25, 256, 64), (0.75, 10, 7), (0.0, 64, 0), (1.0, 64, 64), (0.3, 1, 0), (1.0, 1, 1),
+    (0.5, 256, 128), (0.5, 7, 3), (0.25, 256, 64), (0.75, 10, 7), (0.0, 64, 0), (1.0, 64, 64), (0.3, 1, 0),
 ])
 def test_exactly_the_flow_ratio_of_the_rows_is_plain_flow_matching(ratio, batch_size, plain, time_sampling):
     for seed in range(5):
@@ -231,19 +231,6 @@ def test_a_known_average_velocity_is_its_own_target(velocity, average):
         assert (u - u_tgt).abs().mean() > 0.05
 
 
-def test_the_average_velocity_of_gaussian_data_is_an_average():
-    """The known field of the test above against the integral of the velocity along its own path (400 midpoints)."""
-    (_, _, _, t, r), x = path_inputs(), double(BATCH, ACT, seed=8)
-    total, a, steps = 0.0, x, 400
-    h = (t - r) / steps
-    for i in range(steps):
-        now = t - i * h
-        middle = a - h / 2 * gaussian_velocity(a, now)
-        step = gaussian_velocity(middle, now - h / 2)
-        total, a = total + step / steps, a - h * step
-    close(gaussian_average_velocity(x, r, t), total, 1e-3)
-
-
 def test_one_step_from_noise_lands_on_the_data():
     """Eq. (4) with the exact average velocity of Gaussian data is the flow map e -> mean + std e, clipped."""
     noise = 2 * double(BATCH, ACT, seed=8)
@@ -256,12 +243,13 @@ def test_cloning_loss_is_the_mean_over_batch_and_dimensions():
     """By hand: the network is a table of outputs, which does not move with its inputs, so the target is e - a."""
     actions = torch.tensor([[0.5, -0.5], [0.0, 1.0], [1.0, 0.0]])
     noise = torch.tensor([[1.5, 0.5], [2.0, 1.0], [1.0, -1.0]])  # v = [1, 1], [2, 0], [0, -1]
-    table = torch.tensor([[1.0, 3.0], [-1.0, 0.0], [0.5, -1.0]], requires_grad=True)  # u - v = [0, 2], [-3, 0], [.5, 0]
+    table = torch.tensor([[1.0, 3.0], [-1.0, 0.0], [0.5, -1.0]], requires_grad=True)
+    errors = torch.tensor([[0.0, 2.0], [-3.0, 0.0], [0.5, 0.0]])  # u - v
     t, r = torch.tensor([[0.3], [0.9], [0.6]]), torch.tensor([[0.1], [0.9], [0.0]])
     loss = m.mean_flow_loss(lambda o, a, r, t: table, None, actions, noise, t, r)
     assert loss.shape == () and loss.item() == pytest.approx((4 + 9 + 0.25) / 6)
     gradient = torch.autograd.grad(loss, table)[0]
-    close(gradient, torch.tensor([[0.0, 4.0], [-6.0, 0.0], [1.0, 0.0]]) / 6, 1e-6)
+    close(gradient, 2 * errors / 6, 1e-6)
 
 
 def test_no_gradient_through_the_mean_flow_target():
@@ -276,7 +264,7 @@ def test_no_gradient_through_the_mean_flow_target():
 
 # ---------------------------------------------------------------- one-step actions
 def test_one_step_action_is_the_clipped_difference():
-    policy = make_policy(scale=0.3)
+    policy = make_policy(scale=0.1)
     observations, noise = double(BATCH, 4, OBS), double(BATCH, 4, ACT, seed=1)
     zero, one = torch.zeros(BATCH, 4, 1, dtype=torch.float64), torch.ones(BATCH, 4, 1, dtype=torch.float64)
     raw = noise - policy(observations, noise, zero, one)
@@ -388,7 +376,7 @@ def separate_critics(critic, form):
     return stacks
 
 
-@pytest.mark.parametrize("form, depth", itertools.product(["plain", "layer_norm"], [1, 3]))
+@pytest.mark.parametrize("form, depth", list(itertools.product(["plain", "layer_norm"], [1, 3])))
 def test_twin_critic_is_two_separate_networks(form, depth):
     """Linear and Mish in the plain form; Linear, LayerNorm and Mish, the first time Tanh, in the other."""
     critic, observations, actions = make_critic(form=form, depth=depth), double(BATCH, 4, OBS), double(BATCH, 4, ACT)
@@ -454,12 +442,14 @@ def test_max_q_backup_takes_each_critics_best_action_before_the_smaller_critic()
 @pytest.mark.parametrize("candidates", [1, 10])
 def test_bellman_target_with_networks(candidates):
     """Row by row and action by action: one-step actions at s', clipped, as the target critics see them."""
-    policy, critic, target, batch = make_policy(scale=0.3), make_critic(), make_critic(seed=1), transitions()
-    noise, y = double(BATCH, candidates, ACT, seed=9), []
+    policy, critic, target, batch = make_policy(scale=0.1), make_critic(), make_critic(seed=1), transitions()
+    noise, y, best = double(BATCH, candidates, ACT, seed=9), [], set()
     for i in range(BATCH):
         s, zero, one = batch["next_observations"][i : i + 1], noise.new_zeros(1, 1), noise.new_ones(1, 1)
         q = torch.stack([target(s, (e - policy(s, e, zero, one)).clamp(-1, 1)) for e in noise[i].unsqueeze(1)], 2)
         y.append(batch["rewards"][i] + 0.9 * batch["masks"][i] * min(q[0].max(), q[1].max()))
+        best.add((q[0].argmax().item(), q[1].argmax().item()))
+    assert candidates == 1 or len(best) > 5 and any(j != k for j, k in best), "the choice of the action matters"
     q1, q2 = critic(batch["observations"], batch["actions"])
     y = torch.stack(y).detach()
     loss = m.critic_loss(policy, critic, target, batch, noise, m.Args(gamma=0.9))
@@ -485,10 +475,10 @@ def test_no_gradient_through_the_bellman_target():
 @pytest.mark.parametrize("swap", [False, True])
 def test_actor_loss_written_out(swap):
     """Swap says which critic is i and which is j; the noise of the Q term is its own, and its actions are clipped."""
-    policy, critic, batch, draws = make_policy(scale=0.3), make_critic(), transitions(), actor_draws(swap)
+    policy, critic, batch, draws = make_policy(scale=0.1), make_critic(), transitions(), actor_draws(swap)
     observations, one = batch["observations"], torch.ones(BATCH, 1, dtype=torch.float64)
     actions = (draws[2] - policy(observations, draws[2], 0 * one, one)).clamp(-1, 1)
-    assert (actions.abs() == 1).any()
+    assert (actions.abs() == 1).any() and (actions.abs() < 1).any()
     q = critic(observations, actions).detach()
     i, j = (1, 0) if swap else (0, 1)
     l_q = -q[i].mean() / q[j].abs().mean()
@@ -709,7 +699,7 @@ def test_weight_decay_pulls_the_policy_alone():
 
 @pytest.mark.parametrize("limit", [None, 0.01, 3.0])
 def test_gradients_are_clipped_per_network(limit):
-    """A huge gradient of the critic is cut to the limit and leaves the policy's alone; older gradients are forgotten."""
+    """A huge gradient of the critic is cut to the limit and leaves the policy's alone; old gradients are forgotten."""
     agent = make_agent(max_grad_norm=limit, learning_rate=0.0)
     critic_inputs, actor_inputs = recording(agent)
     for parameter in (*agent.policy.parameters(), *agent.critic.parameters()):
@@ -738,7 +728,7 @@ def test_target_policy_says_who_proposes_the_next_action(target_policy):
 
 
 def test_target_critic_gives_the_bellman_target_and_the_new_critic_the_q_term():
-    """The critic steps first: the actor's Q term is of the critic after its step, online; the target is the old one."""
+    """The critic steps first: the actor's Q term is of the online critic after its step, y of the target critic."""
     agent = make_agent(learning_rate=0.1)
     perturb(agent.target_critic)
     policy, critic, target = (copy.deepcopy(x) for x in (agent.policy, agent.critic, agent.target_critic))
@@ -752,31 +742,36 @@ def test_target_critic_gives_the_bellman_target_and_the_new_critic_the_q_term():
     assert differ(q["new"], q["old"]) and differ(q["new"], q["target"])
 
 
-def test_draws_of_an_update():
-    """Fresh noise for each purpose, times as flagged, one next action or ten, and a fair coin per step."""
-    for flags, candidates in ((dict(), 1), (dict(max_q_backup=True), 10)):
-        agent = make_agent(flow_ratio=0.25, **flags)
-        critic_inputs, actor_inputs = recording(agent)
-        for _ in range(2):
-            agent.update(float_batch())
-        assert [inputs[4].shape for inputs in critic_inputs] == [(BATCH, candidates, ACT)] * 2
-        noises = []
-        for (_, _, _, _, next_noise, _), (_, _, _, (noise, (t, r), actor_noise, swap), _) in zip(critic_inputs,
-                                                                                            actor_inputs):
-            assert noise.shape == actor_noise.shape == (BATCH, ACT) and t.shape == r.shape == (BATCH, 1)
-            assert (t == r).sum() == BATCH // 4 and swap.shape == () and swap.dtype == torch.bool
-            noises += [next_noise[:, 0], noise, actor_noise]
-        for a, b in itertools.combinations(noises, 2):
-            assert (a != b).all()
-        values = torch.cat(noises).double()
-        assert_mean(values, 0.0)
-        assert_mean(values**2, 1.0)
+@pytest.mark.parametrize("flags, candidates", [(dict(), 1), (dict(max_q_backup=True), 10)])
+def test_draws_of_an_update(flags, candidates):
+    """Fresh normal noise for each purpose and step, times as flagged, and one next action or ten."""
+    agent, rows = make_agent(flow_ratio=0.25, **flags), 2000
+    critic_inputs, actor_inputs = recording(agent)
+    for _ in range(2):
+        agent.update({key: value.float() for key, value in transitions(rows).items()})
+    noises = []
+    for i in range(2):
+        next_noise, (noise, (t, r), actor_noise, swap) = critic_inputs[i][4], actor_inputs[i][3]
+        assert next_noise.shape == (rows, candidates, ACT) and noise.shape == actor_noise.shape == (rows, ACT)
+        assert t.shape == r.shape == (rows, 1) and (t == r).sum() == rows // 4
+        assert swap.shape == () and swap.dtype == torch.bool
+        noises += [*next_noise.unbind(1), noise, actor_noise]
+    for noise in noises:
+        assert_mean(noise, 0.0)
+        assert_mean(noise**2, 1.0)
+    for one, two in itertools.combinations(noises, 2):
+        assert_mean(one * two, 0.0)
+
+
+def test_the_critics_of_the_q_term_change_roles_by_a_fair_coin():
     agent, swaps, zero = make_agent(), [], torch.zeros((), requires_grad=True)
     agent.critic_loss = lambda *inputs: zero * 1
     agent.actor_loss = lambda policy, critic, batch, draws, args: swaps.append(draws[3]) or (zero * 1, {})
     for _ in range(400):
         agent.update(float_batch())
-    assert_mean(torch.stack(swaps), 0.5)
+    swaps = torch.stack(swaps)
+    assert_mean(swaps, 0.5)
+    assert_mean(swaps[1:] == swaps[:-1], 0.5)
 
 
 def test_training_state_continues_the_run_exactly():
@@ -801,7 +796,7 @@ def acting_agent(**flags):
     """An agent whose four networks are all different, and whose actions fill the box."""
     agent = make_agent(**flags)
     for i, network in enumerate((agent.policy, agent.ema_policy, agent.critic, agent.target_critic)):
-        perturb(network, 0.5, seed=i)
+        perturb(network, 0.2 if i < 2 else 0.5, seed=i)
     return agent
 
 
@@ -881,7 +876,7 @@ def test_act_draws_with_softmax_probabilities(inverse_temperature):
     """Candidates above 0 have the value 2, the others 0: the odds are exp(2 w), and even without w."""
     agent = make_agent(inverse_temperature=inverse_temperature, noise_temperature=1.0)
     agent.target_critic = Values(lambda actions: (actions[..., 0] > 0).float())
-    observations = torch.zeros(40_000, OBS)
+    observations = torch.zeros(20_000, OBS)
     candidates, _ = candidates_and_values(agent, observations, 3)
     index = chosen(agent.act(observations, 3, generator()), candidates)
     positive = candidates[..., 0] > 0
@@ -927,7 +922,7 @@ def test_equal_generator_states_give_equal_actions():
     assert not torch.equal(one, two) and not torch.equal(agent.act(observations, 5, generator(6)), one)
 
 
-@pytest.mark.parametrize("acting_policy, candidates", itertools.product(["ema", "online"], [1, 7]))
+@pytest.mark.parametrize("acting_policy, candidates", list(itertools.product(["ema", "online"], [1, 7])))
 def test_actions_stay_in_the_box(acting_policy, candidates):
     agent = acting_agent(acting_policy=acting_policy, noise_temperature=3.0)
     actions = agent.act(10 * torch.randn(500, OBS), candidates, generator())
