@@ -194,7 +194,7 @@ LOCOMOTION = dict(gamma=0.995, tau=0.01, reward_scale=0.1, eta=0.1, inverse_temp
 def task_defaults(env_id):
     """Defaults of `Args` for one task, as a dict; a name that nothing is known of gets those of the class."""
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
-        return dict(LOCOMOTION, tau=0.02, offline_steps=25_000, eval_episodes=20, eval_interval=5_000,
+        return dict(LOCOMOTION, tau=0.02, offline_steps=20_000, eval_episodes=20, eval_interval=4_000,
                     policy_width=128, critic_width=128, compile=shutil.which("g++") is not None)
     if re.match(r"(mujoco/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
         return dict(LOCOMOTION, offline_steps=2_000_000)
