@@ -21,7 +21,7 @@ goes straight through the one step. The equations, as this file numbers them:
 What the paper's text (with official diffusion Q-learning for what it leaves open) and the author's code base do
 differently is a flag each: `--critic-form`, `--observation-normalization`, `--reward-normalization`, `--tau` with
 `--target-interval`, `--target-policy`, `--learning-rate-schedule`, `--weight-decay`, `--max-grad-norm`. The README
-gives both sets as commands; the defaults are what measured better (`benchmark/results/`).
+gives both sets as commands.
 Deviations from the paper: eta per task is unpublished, so the values in `TASKS` are those that the first author's code
 uses for the sibling method, snapped to the paper's grid; batches are drawn with replacement; the times with r = t are
 the first rows of the batch, which are as random as any others. Settings for the tasks that the paper does not cover
@@ -185,8 +185,8 @@ TASKS = {
     r"pen-(human|cloned)-v1": (50, 0.1, dict(reward_normalization="standardize")),  # all official diffusion Q-learning
 }
 BUNDLED = "meanflow/hopper/medium-replay-v0"
-# Ours, found on Hopper data (benchmark/results), where both published sets of settings did worse in the same number of
-# updates; the README gives those as commands, with their eta and w for each task.
+# Ours, found on Hopper data (benchmark/results); the README gives the paper's and the code base's settings as commands,
+# with their eta and w for each task. Those have only been run for short here, and did not learn sooner.
 LOCOMOTION = dict(gamma=0.995, tau=0.01, reward_scale=0.1, eta=0.1, inverse_temperature=30.0, noise_temperature=1.0,
                   learning_rate_schedule="cosine")
 
@@ -196,7 +196,9 @@ def task_defaults(env_id):
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
         return dict(LOCOMOTION, tau=0.02, offline_steps=20_000, eval_episodes=20, eval_interval=4_000,
                     policy_width=128, critic_width=128, compile=shutil.which("g++") is not None)
-    if re.match(r"(mujoco/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
+    if re.match(r"(mujoco/)?halfcheetah[-/]", env_id):  # never falls: a short horizon and a strong Q term serve
+        return dict(LOCOMOTION, gamma=0.99, eta=2.0, inverse_temperature=1.0, offline_steps=2_000_000)
+    if re.match(r"(mujoco/)?(hopper|walker2d|ant)[-/]", env_id):
         return dict(LOCOMOTION, offline_steps=2_000_000)
     for pattern, (inverse_temperature, eta, more) in TASKS.items():
         if re.fullmatch(pattern, env_id):
