@@ -24,8 +24,8 @@ differently is a flag each: `--critic-form`, `--observation-normalization`, `--r
 gives both sets as commands.
 Deviations from the paper: eta per task is unpublished, so the values in `TASKS` are those that the first author's code
 uses for the sibling method, snapped to the paper's grid; batches are drawn with replacement; the times with r = t are
-the first rows of the batch, which are as random as any others. Settings for the tasks that the paper does not cover
-are ours.
+the first rows of the batch, which are as random as any others. The defaults for locomotion (`LOCOMOTION`) and for tasks
+that the paper does not cover are ours.
 """
 import argparse
 import hashlib
