@@ -24,8 +24,8 @@ differently is a flag each: `--critic-form`, `--observation-normalization`, `--r
 gives both sets as commands.
 Deviations from the paper: eta per task is unpublished, so the values in `TASKS` are those that the first author's code
 uses for the sibling method, snapped to the paper's grid; batches are drawn with replacement; the times with r = t are
-the first rows of the batch, which are as random as any others. The defaults for locomotion (`LOCOMOTION`) and for tasks
-that the paper does not cover are ours.
+the first rows of the batch, which are as random as any others. The defaults for locomotion (`LOCOMOTION`) and for
+tasks that the paper does not cover are ours.
 """
 import argparse
 import hashlib
@@ -185,8 +185,8 @@ TASKS = {
     r"pen-(human|cloned)-v1": (50, 0.1, dict(reward_normalization="standardize")),  # all official diffusion Q-learning
 }
 BUNDLED = "meanflow/hopper/medium-replay-v0"
-# Ours, found on Hopper data (benchmark/results); the README gives the paper's and the code base's settings as commands,
-# with their eta and w for each task. Those have only been run for short here, and did not learn sooner.
+# Ours, found on Hopper data (benchmark/results). The README gives the paper's and the code base's settings as
+# commands, with their eta and w for each task; those have only been run for short here, and did not learn sooner.
 LOCOMOTION = dict(gamma=0.995, tau=0.01, reward_scale=0.1, eta=0.1, inverse_temperature=30.0, noise_temperature=1.0,
                   learning_rate_schedule="cosine")
 

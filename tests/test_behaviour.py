@@ -706,6 +706,40 @@ def test_task_values_are_defaults_and_flags_override_them(m, style):
     assert values["gamma"] != 0.5 and m.parse_args([*argv, "--gamma", "0.5"])[0].gamma == 0.5
 
 
+def test_resume_and_evaluate_exclude_each_other(m, baseline):
+    """Evaluating the one while the user waits for the other to train would lose an evening."""
+    with pytest.raises(m.BadInput, match="exclude each other"):
+        m.parse_args(["--resume", str(baseline), "--evaluate", str(baseline)])
+
+
+def test_numbers_beyond_64_bits(m):
+    """torch takes no larger seed."""
+    assert m.parse_args(["--seed", str(2**63 - 1)])[0].seed == 2**63 - 1
+    with pytest.raises(m.BadInput, match="--seed"):
+        m.parse_args(["--seed", str(2**63)])
+
+
+def test_rewards_in_training_are_scaled_then_shifted(m, data, tmp_path):
+    """The same as training on data whose rewards are 0.5 r - 1 (quarters, so that the numbers are exact)."""
+    runs = []
+    for name, scale, shift, more in (("flags", 1.0, 0.0, "--reward-scale 0.5 --reward-shift -1"),
+                                     ("data", 0.5, -1.0, "--reward-scale 1 --reward-shift 0")):
+        path = shutil.copy(data, tmp_path / f"{name}.hdf5")
+        with h5py.File(path, "r+") as file:
+            file["rewards"][...] = scale * np.round(4 * file["rewards"][...]) / 4 + shift
+        runs.append(train(m, path, tmp_path / name, more))
+    assert differences(result(runs[0])["agent"], result(runs[1])["agent"]) == []
+
+
+def test_reward_normalization(m):
+    """return_range and standardize, on top of the flags for scale and shift."""
+    rewards, returns = np.array([1.0, 2, 6, 7], dtype=np.float32), np.array([3.0, 13.0])
+    for how, scale, shift in (("none", 2, -1), ("return_range", 2 * 1000 / 10, -1),
+                              ("standardize", 2 / rewards.std(), -1 - 2 * 4 / rewards.std())):
+        args = m.Args(reward_normalization=how, reward_scale=2.0, reward_shift=-1.0)
+        assert m.reward_scale_and_shift(args, rewards, returns) == pytest.approx((scale, shift))
+
+
 def test_flags_of_a_checkpoint_are_defaults(m, baseline):
     """--evaluate and --resume need no other flag."""
     args, path, checkpoint = m.parse_args(["--evaluate", str(baseline)])
