@@ -140,7 +140,7 @@ class Args:
     """posterior: Eq. (3), proposals within the action box; gradient: Eq. (10), the literal reading"""
     score_scale: float | None = None
     """w: give the score this length, keeping its direction (the paper's 25); None leaves it as it is"""
-    path: Literal["vp", "linear"] = "vp"
+    path: Literal["vp", "linear"] = "linear"
     """vp: Eq. (1); linear: mu_t = 1 - t, sigma_t = t"""
     beta_min: float = 0.1
     """b0 of Eq. (1)"""
@@ -174,32 +174,21 @@ def mish(x):
 
 
 class Policy(nn.Module):
-    """u(a_t, r, t; s), the average velocity from r to t: an MLP on action, state and the two embedded times."""
+    """u(a_t, r, t; s), the average velocity from r to t: an MLP on action, the two times and state, with LayerNorm."""
 
     def __init__(self, obs_dim, act_dim, width, depth):
         super().__init__()
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(32) / 32)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.embed_t, self.embed_r = (nn.ModuleList([nn.Linear(64, 128), nn.Linear(128, 64)]) for _ in "tr")
-        sizes = [obs_dim + act_dim + 128, *[width] * depth]
+        sizes = [act_dim + 2 + obs_dim, *[width] * depth]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.final = nn.Linear(width, act_dim)
 
-    def embed(self, layers, t):
-        """(..., 1) times, not rescaled, to (..., 64) features."""
-        angles = t * self.frequencies
-        first, second = layers
-        return second(mish(first(torch.cat([angles.cos(), angles.sin()], -1))))
-
     def forward(self, observations, a_t, r, t):
-        """observations (..., O), a_t (..., A), r and t (..., 1) in [0, 1]; returns (..., A), unbounded.
-
-        Times of shape (1, 1) are embedded once and broadcast, which makes one-step actions cheaper.
-        """
-        times = torch.cat([self.embed(self.embed_t, t), self.embed(self.embed_r, r)], -1)
-        x = torch.cat([a_t, times.expand(*a_t.shape[:-1], -1), observations], -1)
-        for layer in self.hidden:
-            x = mish(layer(x))
+        """observations (..., O), a_t (..., A), r and t (..., 1) in [0, 1]; returns (..., A), unbounded."""
+        times = torch.cat([r, t], -1).expand(*a_t.shape[:-1], -1)
+        x = torch.cat([a_t, times, observations], -1)
+        for layer, norm in zip(self.hidden, self.norms):
+            x = mish(norm(layer(x)))
         return self.final(x)
 
 
