@@ -188,7 +188,7 @@ class Policy(nn.Module):
         times = torch.cat([r, t], -1).expand(*a_t.shape[:-1], -1)
         x = torch.cat([a_t, times, observations], -1)
         for layer, norm in zip(self.hidden, self.norms):
-            x = mish(norm(layer(x)))
+            x = mish(F.layer_norm(layer(x), norm.normalized_shape) * norm.weight + norm.bias)  # so it also compiles
         return self.final(x)
 
 
