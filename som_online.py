@@ -10,10 +10,12 @@ follows from the score of p_t, and the score is estimated from the critic alone,
 u(a_t, r, t; s), the average of that velocity between the times r and t, then maps noise to an action in a single
 evaluation. Time t = 0 is the action and t = 1 the noise. The equations, as this file numbers them:
 
-  (1) a_t = mu_t a_0 + sigma_t e,  mu_t = exp(-B_t / 2),  sigma_t^2 = 1 - mu_t^2,  B_t = b0 t + (b1 - b0) t^2 / 2
+  (1) a_t = mu_t a_0 + sigma_t e,  mu_t = 1 - t,  sigma_t = t        path; with --path vp instead
+      mu_t = exp(-B_t / 2),  sigma_t^2 = 1 - mu_t^2,  B_t = b0 t + (b1 - b0) t^2 / 2
   (2) a_0^i ~ N(a_t / mu_t, (sigma_t / mu_t)^2) within [-1, 1],  w_i = softmax_i(alpha Qbar(s, a_0^i)),  i = 1..K
   (3) S = (mu_t sum_i w_i a_0^i - a_t) / sigma_t^2                   score of p_t, as a posterior mean
-  (4) v = -(b_t / 2) (a_t + S),  b_t = b0 + (b1 - b0) t              probability-flow ODE
+  (4) v = (a_t - sum_i w_i a_0^i) / t = -(a_t + t S) / (1 - t)       velocity; with --path vp instead
+      v = -(b_t / 2) (a_t + S),  b_t = b0 + (b1 - b0) t              probability-flow ODE
   (5) u_tgt = sg[v - (t - r) du/dt],  du/dt = v du/da + du/dt        MeanFlow identity, one JVP along (v, 0, 1)
   (6) L_actor = mean sg[(d + c)^-p] d,  d = |u - u_tgt|^2 / dim(a)
   (7) a(e) = clip(e - u(e, 0, 1; s), -1, 1),  e ~ N(0, I)            one-step action
@@ -21,11 +23,14 @@ evaluation. Time t = 0 is the action and t = 1 the noise. The equations, as this
   (9) a*(s) = argmax_i min_k Q_k(s, a(e_i)), i = 1..N                best of N: acting, evaluation and target apart
  (10) --score gradient: S = d/da_t log sum_i exp(alpha Qbar(s, a_t / mu_t + sigma_t / mu_t z_i))   literal reading
 
-Known of the paper (at second hand): alpha = 1, K = 100, b0 = 0.1, b1 = 20, and that the score is normalised to length
-w = 25 (`--score gradient --score-scale 25 --alpha 1 --adaptive-power 1 --q-normalization batch`). The literal reading
-fails on every bandit of tests/test_som_bandits.py: near t = 1 its proposals lie 150 action boxes away, where the
-critic is extrapolation. Proposals within the box cure that; a score of fixed length then has the right target, but no
-network of ours learned it, so the default leaves the length alone and raises alpha instead.
+Known of the paper (at second hand): the path is vp with b0 = 0.1, b1 = 20, alpha = 1, K = 100, and the score is
+normalised to length w = 25. Two readings of that are
+  literal  --path vp --score gradient --alpha 1 --score-scale 25 --adaptive-power 1 --q-normalization batch
+  box      --path vp --alpha 1 --score-scale 25
+The literal one fails on every bandit of tests/test_som_bandits.py: near t = 1 its proposals lie 150 action boxes away,
+where the critic is extrapolation. Proposals within the box cure that, and a score of fixed length then has the right
+target, but no network of ours learned it. So the default leaves the length alone and raises alpha instead, on the
+linear path (as in MFPO, arXiv 2604.14698), which the same network learns better than vp (README).
 """
 import argparse
 import importlib.metadata
@@ -141,7 +146,7 @@ class Args:
     score_scale: float | None = None
     """w: give the score this length, keeping its direction (the paper's 25); None leaves it as it is"""
     path: Literal["vp", "linear"] = "linear"
-    """vp: Eq. (1); linear: mu_t = 1 - t, sigma_t = t"""
+    """Eq. (1): linear learned the bandits better; vp is the paper's"""
     beta_min: float = 0.1
     """b0 of Eq. (1)"""
     beta_max: float = 20.0

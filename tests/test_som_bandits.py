@@ -49,20 +49,20 @@ def test_default_field_keeps_all_modes(path):
 
 def test_score_of_fixed_length_keeps_all_modes():
     """The paper's w = 25 at alpha = 1, with proposals inside the box."""
-    actions = integrate(modes4, 2, score_scale=25.0, alpha=1.0)
+    actions = integrate(modes4, 2, path="vp", score_scale=25.0, alpha=1.0)
     assert modes4(None, actions).mean() > 0.95 and min(shares(actions)) > 0.1
 
 
 @pytest.mark.parametrize("dim", [2, 6])
 def test_fixed_length_finds_the_maximum_of_a_quadratic(dim):
     """w = 25: mean Q within 0.05 of the best. The unscaled default is a soft policy: near it, not on it."""
-    assert quad(None, integrate(quad, dim, score_scale=25.0, alpha=1.0)).mean() > -0.05
+    assert quad(None, integrate(quad, dim, path="vp", score_scale=25.0, alpha=1.0)).mean() > -0.05
     assert quad(None, integrate(quad, dim)).mean() > {2: -0.05, 6: -0.3}[dim]
 
 
 def test_literal_reading_fails():
     """--score gradient with the paper's values: worse than uniform actions on both bandits, no mode is found."""
-    literal = dict(score="gradient", score_scale=25.0, alpha=1.0, q_normalization="batch")
+    literal = dict(path="vp", score="gradient", score_scale=25.0, alpha=1.0, q_normalization="batch")
     actions = integrate(modes4, 2, **literal)
     assert modes4(None, actions).mean() < 0.2 and max(shares(actions)) < 0.05
     assert quad(None, integrate(quad, 2, **literal)).mean() < -1.5
@@ -86,7 +86,7 @@ def test_score_against_the_closed_form(path, score, alpha):
 
 def test_path_of_the_fact_sheet():
     """mu_1 = 0.0066 and sigma_1 / mu_1 = 152 for beta from 0.1 to 20; sigma is 0.28 at t = 0.085."""
-    mu, sigma = m.mu_sigma(torch.tensor([1.0, 0.085]), m.Args())
+    mu, sigma = m.mu_sigma(torch.tensor([1.0, 0.085]), m.Args(path="vp"))
     assert mu[0] == pytest.approx(math.exp(-5.025), rel=1e-4) and sigma[0] / mu[0] == pytest.approx(152, rel=0.01)
     assert sigma[1] == pytest.approx(0.28, abs=0.005)
     torch.testing.assert_close(mu.square() + sigma.square(), torch.ones(2))
@@ -155,3 +155,46 @@ def test_best_of_n_and_bellman_target():
     y = 0.5 * batch["rewards"] + 0.9 * batch["masks"] * (best.prod(-1) - 1)
     loss = m.critic_loss(policy, critic, target, batch, next_noise, args)
     assert loss.item() == pytest.approx(2 * y.square().mean().item(), rel=1e-5)  # critic of a zero action is 0
+
+
+# ---------------------------------------------------------------- level (b): a one-step actor, trained
+def train(q, dim, steps=1000, **flags):
+    """A small policy trained with L_actor alone, on actions drawn from the whole box."""
+    torch.manual_seed(0)
+    args = m.Args(num_proposals=16, learning_rate=2e-3, **flags)
+    policy = m.Policy(1, dim, 64, 3)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / steps)
+        batch = dict(observations=torch.zeros(256, 1), actions=2 * torch.rand(256, dim) - 1)
+        draws = torch.randn(256, dim), m.sample_times(256, args, "cpu"), torch.randn(256, dim)
+        loss = m.actor_loss(policy, q, batch, draws, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return policy
+
+
+@torch.no_grad()
+def one_step_actions(policy, dim, num_candidates=1):
+    torch.manual_seed(1)
+    return m.one_step_action(policy, torch.zeros(1000, num_candidates, 1), torch.randn(1000, num_candidates, dim))
+
+
+def test_one_step_actor_keeps_all_modes():
+    """The default, in one evaluation and without choosing: mean Q above 0.5 (uniform 0.34) on all four bumps."""
+    policy = train(modes4, 2)
+    actions = one_step_actions(policy, 2)[:, 0]
+    assert modes4(None, actions)[0].mean() > 0.5 and min(shares(actions)) > 0.1
+    assert modes4(None, one_step_actions(policy, 2, 32))[0].amax(1).mean() > 0.95
+
+
+def test_one_step_actor_climbs_a_quadratic():
+    """Six dimensions, uniform -2.70: the soft policy at alpha = 10 has about -0.3."""
+    assert quad(None, one_step_actions(train(quad, 6, steps=400), 6))[0].mean() > -0.8
+
+
+def test_one_step_actor_does_not_learn_scores_of_fixed_length():
+    """Why w = 25 is not the default, though integrating its field is right."""
+    actions = one_step_actions(train(modes4, 2, steps=500, path="vp", alpha=1.0, score_scale=25.0), 2)
+    assert modes4(None, actions)[0].mean() < 0.34
