@@ -1,8 +1,8 @@
 """stable-baselines3's SAC under the protocol of `som_online.py`, for comparison: pip install stable-baselines3==2.9.2
 
 Same environments side by side, environment steps, gradient steps per environment step, random first steps, evaluation
-episodes and metrics.jsonl; networks, learning rate and batch size are SAC's own defaults (2 x 256, 3e-4, 256). SAC acts
-by its mean in evaluation (eval/) and by a sample in the final eval_n1/.
+episodes and metrics.jsonl; networks, learning rate and batch size are SAC's own defaults (2 x 256, 3e-4, 256). SAC
+acts by its mean in evaluation (eval/) and by a sample in the final eval_n1/.
 """
 import json
 import pathlib
