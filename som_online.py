@@ -565,17 +565,17 @@ def save(state, path):
     os.replace(partial, path)
 
 
-def load(path):
-    """(path, contents) of a checkpoint of this script, read as data only: nothing in the file is executed."""
+def load(path, script=SCRIPT):
+    """(path, contents) of a checkpoint of `script`, read as data only: nothing in the file is executed."""
     path = pathlib.Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler fails in a dozen ways, and advises to run what the file says
         raise BadInput(f"{path}: missing, damaged or not a checkpoint ({type(error).__name__})") from error
-    script = state.get("script") if isinstance(state, dict) else None
-    if script != SCRIPT:
-        raise BadInput(f"{path}: a checkpoint of {script or 'something else'}, not of {SCRIPT}")
+    found = state.get("script") if isinstance(state, dict) else None
+    if found != script:
+        raise BadInput(f"{path}: a checkpoint of {found or 'something else'}, not of {script}")
     return path, state
 
 
@@ -631,7 +631,7 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n")[0])
     for key, value in asdict(args).items():
         flag = f"--{key.replace('_', '-')} {value}"
-        least = 0 if key in ("seed", "ema_start") else 1
+        least = 0 if key in ("seed", "ema_start", "online_steps") else 1
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**63:
             raise BadInput(f"{flag}: must be at least {least} and fit into 64 bits")
         if isinstance(value, float) and not (value >= 0 or key in ("reward_shift", "time_mean") and value > -math.inf):
