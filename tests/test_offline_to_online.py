@@ -1,0 +1,284 @@
+"""What `mfql_offline_to_online.py` adds to `mfql_offline.py`: replay ring, online phase, both starting points."""
+import json
+import os
+import pathlib
+import signal
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import mfql_offline
+import mfql_offline_to_online as m
+
+ROWS, OFFLINE = 400, 12  # rows of the data, offline gradient steps
+FLAGS = ("--env-id Leaps-v0 --no-cuda --batch-size 32 --eval-episodes 2 --policy-width 16 --policy-depth 1 "
+         f"--critic-width 16 --critic-depth 1 --offline-steps {OFFLINE} --log-interval 4 --eval-interval 10 "
+         "--checkpoint-interval 6")
+ONLINE = ["--online-steps", "30"]
+
+
+class Leaps(gym.Env):
+    """Episodes of 3 to 9 steps; half of them terminate, half run into a limit. The observation counts the steps."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+
+    def observation(self):
+        return np.array([self.time, self.length, self.np_random.random()], dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.length = 0, int(self.np_random.integers(3, 10))
+        return self.observation(), {}
+
+    def step(self, action):
+        self.time += 1
+        end, terminates = self.time == self.length, self.length % 2 == 0
+        reward = self.time + float(np.abs(action[0]))
+        return self.observation(), reward, end and terminates, end and not terminates, {}
+
+
+gym.register("Leaps-v0", entry_point=Leaps)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Random transitions in D4RL's layout."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "data.hdf5"
+    arrays = dict(observations=rng.normal(2, 3, (ROWS + 1, 3)).astype(np.float32), rewards=rng.normal(size=ROWS + 1),
+                  actions=rng.uniform(-2, 2, (ROWS + 1, 1)).astype(np.float32), terminals=np.zeros(ROWS + 1, bool),
+                  timeouts=np.arange(ROWS + 1) == ROWS)
+    with h5py.File(path, "w") as file:
+        for key, value in arrays.items():
+            file[key] = value
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    """main() installs signal handlers and makes torch deterministic: put both back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def train(script, data, folder, *more, code=0):
+    """Runs main and returns the run folder."""
+    argv = [*FLAGS.split(), "--dataset-path", str(data), "--runs-dir", str(folder), *more]
+    assert script.main(argv) == code
+    run, = pathlib.Path(folder).iterdir()
+    return run
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def metrics(run):
+    """The rows, apart from what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.endswith("PS")} for row in rows]
+
+
+def assert_equal(one, other):
+    """Same networks, same optimisers, same online transitions."""
+    one, other = checkpoint(one), checkpoint(other)
+    assert all(torch.equal(value, other["agent"][key]) for key, value in one["agent"].items())
+    for name in ("actor_optimizer", "critic_optimizer"):
+        for index, state in one["training"][name]["state"].items():
+            assert all(torch.equal(state[key], other["training"][name]["state"][index][key]) for key in state)
+    for key, value in one.get("online", {}).items():
+        assert torch.equal(value, other["online"][key])
+
+
+# ---------------------------------------------------------------- replay
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("data_rows, capacity", [(5, 5), (5, 8), (5, 30), (1, 2)])
+def test_ring_against_a_list(balanced, data_rows, capacity):
+    """The oldest give way; with balanced sampling only the oldest of the new ones."""
+    if balanced and capacity == data_rows:
+        pytest.skip("refused by main")
+    args = m.Args(balanced_sampling=balanced)
+    ring = [f"d{i}" for i in range(data_rows)] + [None] * (capacity - data_rows)
+    kept, queue = (ring[:data_rows], []) if balanced else ([], ring[:data_rows])
+    for k in range(40):
+        ring[m.ring_row(k, data_rows, capacity, args)] = k
+        queue = [*queue, k][-(capacity - len(kept)):]
+        assert None not in ring[:min(data_rows + k + 1, capacity)]  # what sample_online draws from
+        assert sorted(map(str, filter(lambda x: x is not None, ring))) == sorted(map(str, kept + queue))
+
+
+def test_balanced_sampling_counts():
+    """Half of each batch from the data, half from what is filled of the new rows; without the flag all alike."""
+    torch.manual_seed(0)
+    replay = dict(rewards=torch.arange(1000.0), masks=torch.arange(1000.0))
+    batch = m.sample_online(replay, 900, 910, m.Args(balanced_sampling=True, batch_size=65))
+    assert (batch["rewards"] < 900).sum() == 32 and (batch["rewards"] >= 900).sum() == 33
+    assert batch["rewards"].max() < 910 and torch.equal(batch["rewards"], batch["masks"])
+    batch = m.sample_online(replay, 900, 910, m.Args(batch_size=20_000))
+    assert batch["rewards"].max() == 909 and 100 < (batch["rewards"] >= 900).sum() < 350  # 220 expected
+
+
+# ---------------------------------------------------------------- phases
+def test_without_online_steps_it_is_mfql_offline(data, tmp_path):
+    """Parameter for parameter, row for row."""
+    flags = ["--reward-scale", "0.5", "--reward-shift", "-1"]
+    both = train(m, data, tmp_path / "both", "--online-steps", "0", *flags)
+    offline = train(mfql_offline, data, tmp_path / "offline", *flags)
+    assert_equal(offline, both)
+    assert metrics(both) == metrics(offline)
+
+
+def test_online_transitions_are_what_happened(data, tmp_path):
+    """Normalised with the data's frozen statistics, rewards scaled and shifted like theirs, truncations bootstrap."""
+    run = train(m, data, tmp_path, *ONLINE, "--reward-scale", "0.5", "--reward-shift", "-1")
+    state = checkpoint(run)
+    with h5py.File(data) as file:
+        mean, std = file["observations"][:ROWS].mean(0), file["observations"][:ROWS].std(0)
+    np.testing.assert_allclose(state["agent"]["obs_mean"], mean, rtol=1e-5)  # 30 steps later
+    np.testing.assert_allclose(state["agent"]["obs_std"], std, rtol=1e-5)
+    online = {key: value.numpy() for key, value in state["online"].items()}
+    assert state["online_rows"].tolist() == list(range(ROWS, ROWS + 30))
+    observations, following = (online[key] * std + mean for key in ("observations", "next_observations"))
+    time, length = observations[:, 0].round(), observations[:, 1].round()
+    np.testing.assert_allclose(following[:, 0], time + 1, atol=1e-4)  # the last of an episode too
+    ends = time + 1 == length
+    assert ends.sum() >= 3
+    np.testing.assert_array_equal(time[1:], np.where(ends, 0, time + 1)[:-1])
+    np.testing.assert_array_equal(online["masks"], 1 - (ends & (length % 2 == 0)))
+    assert (length[ends] % 2 == 0).any() and (length[ends] % 2 == 1).any()
+    raw = time + 1 + np.abs(2 * online["actions"][:, 0])  # the environment's box is twice as wide
+    np.testing.assert_allclose(online["rewards"], 0.5 * raw - 1, atol=1e-4)
+    episodes = [row for row in metrics(run) if "charts/episodic_return" in row]
+    assert [row["step"] for row in episodes] == (OFFLINE + 1 + np.flatnonzero(ends)).tolist()
+    assert episodes[0]["charts/episodic_return"] == pytest.approx(raw[:np.flatnonzero(ends)[0] + 1].sum(), rel=1e-4)
+
+
+def test_one_axis_and_marks_of_the_change(data, tmp_path):
+    """Rows go on from the offline steps; at the change and at the end there are evaluations with N and with one."""
+    run = train(m, data, tmp_path, *ONLINE)
+    rows = metrics(run)
+    assert [row["step"] for row in rows if "losses/critic" in row] == list(range(4, 43, 4))
+    assert [row["step"] for row in rows if "eval/episodic_return" in row] == [10, OFFLINE, 20, 30, 40, 42]
+    assert [row["step"] for row in rows if "eval_n1/episodic_return" in row] == [OFFLINE, 42]
+    assert checkpoint(run)["step"] == 42
+
+
+@pytest.mark.parametrize("utd, updates", [("0.5", 15), ("1", 30), ("2", 60)])
+def test_utd(data, tmp_path, utd, updates):
+    run = train(m, data, tmp_path, *ONLINE, "--utd", utd)
+    assert checkpoint(run)["training"]["updates"] == OFFLINE + updates
+
+
+def test_full_buffer(data, tmp_path):
+    """The checkpoint holds the newest transitions only, as many as the ring has room for."""
+    run = train(m, data, tmp_path / "small", *ONLINE, "--buffer-size", str(ROWS + 7), "--balanced-sampling")
+    rows = checkpoint(run)["online_rows"].tolist()
+    assert rows == list(range(ROWS, ROWS + 7))
+    with pytest.raises(m.BadInput, match="--buffer-size above the data's 400"):
+        train(m, data, tmp_path / "none", *ONLINE, "--buffer-size", "100", "--balanced-sampling")
+
+
+# ---------------------------------------------------------------- schedules
+def test_actor_learning_rate_online():
+    """Constant: a tenth of the peak, or the flag's."""
+    args = m.Args(offline_steps=100, actor_learning_rate=1e-4)
+    assert m.actor_learning_rate(100, args) == m.actor_learning_rate(900, args) == pytest.approx(1e-5)
+    args.online_actor_learning_rate = 3e-4
+    assert m.actor_learning_rate(100, args) == 3e-4 and m.actor_learning_rate(99, args) == pytest.approx(1e-5, rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_online_alpha_moves_on_a_straight_line(steps):
+    args, alpha = m.Args(offline_steps=100, alpha=10.0, online_alpha=2.0, online_alpha_steps=steps), torch.tensor(10.0)
+    assert m.next_alpha(alpha, [], torch.tensor(1.0), 100, args) == 10  # the last offline step
+    values = []
+    for step in range(101, 107):
+        alpha = torch.as_tensor(m.next_alpha(alpha, [], torch.tensor(1.0), step, args))
+        values.append(alpha.item())
+    assert values == pytest.approx([max(10 - 8 * k / steps, 2) for k in range(1, 7)])
+
+
+# ---------------------------------------------------------------- resuming and starting from an offline run
+@pytest.mark.parametrize("stops", [(5,), (OFFLINE,), (OFFLINE + 1,), (3, OFFLINE - 1, 30, 31)])
+@pytest.mark.parametrize("more", [[], ["--buffer-size", str(ROWS + 7), "--utd", "2"]])
+def test_interrupted_runs_continue_bit_for_bit(data, tmp_path, monkeypatch, stops, more):
+    """SIGTERM before, at and after the change, in the middle of episodes, also with a ring that has wrapped."""
+    whole = train(m, data, tmp_path / "whole", *ONLINE, *more)
+    update, seen = m.Agent.update, set()
+
+    def interrupted(agent, batch):
+        if agent.step + 1 in stops and agent.step not in seen:
+            seen.add(agent.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(agent, batch)
+
+    monkeypatch.setattr(m.Agent, "update", interrupted)
+    run = train(m, data, tmp_path / "cut", *ONLINE, *more, code=130)
+    while (code := m.main(["--resume", str(run)])) != 0:
+        assert code == 130
+    assert len(seen) == len(stops)
+    assert_equal(whole, run)
+    assert metrics(run) == metrics(whole)
+
+
+def test_killed_between_checkpoints(data, tmp_path, monkeypatch):
+    """Nothing is saved at the moment of death: the run falls back on its last checkpoint, rows included."""
+    whole = train(m, data, tmp_path / "whole", *ONLINE)
+    update = m.Agent.update
+
+    def dies(agent, batch):
+        if agent.step == 33:
+            raise KeyboardInterrupt  # not caught by main, as SIGKILL
+        return update(agent, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(m.Agent, "update", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(m, data, tmp_path / "cut", *ONLINE)
+    run, = (tmp_path / "cut").iterdir()
+    assert checkpoint(run)["step"] == 30
+    assert m.main(["--resume", str(run)]) == 0
+    assert_equal(whole, run)
+    assert metrics(run) == metrics(whole)
+
+
+def test_from_checkpoint_equals_both_phases(data, tmp_path):
+    """The offline run's flags need not be repeated; the result is that of a run in one go, bit for bit."""
+    both = train(m, data, tmp_path / "both", *ONLINE, "--gamma", "0.9", "--no-normalize-q-loss")
+    offline = train(mfql_offline, data, tmp_path / "offline", "--gamma", "0.9", "--no-normalize-q-loss")
+    assert m.main(["--from-checkpoint", str(offline), *ONLINE, "--runs-dir", str(tmp_path / "online")]) == 0
+    online, = (tmp_path / "online").iterdir()
+    assert_equal(both, online)
+    later = [row for row in metrics(both) if row["step"] >= OFFLINE]
+    assert metrics(online) == later[1:]  # the first are the losses of the last offline step
+
+
+@pytest.mark.parametrize("more, reason", [
+    (["--env-id", "Pendulum-v1"], "env-id"),
+    (["--critic-width", "24"], "does not fit"),
+    (["--observation-normalization", "none"], "observation-normalization"),
+    (["--offline-steps", "20"], "leave out --offline-steps"),
+    (["--resume", "RUN"], "excludes"),
+])
+def test_checkpoints_that_do_not_fit(data, tmp_path, more, reason):
+    offline = train(mfql_offline, data, tmp_path / "offline")
+    if "RUN" in more:
+        more = ["--resume", str(train(m, data, tmp_path / "other", *ONLINE))]
+    with pytest.raises(m.BadInput, match=reason):
+        m.main(["--from-checkpoint", str(offline), *ONLINE, "--runs-dir", str(tmp_path / "none"), *more])
+    assert not (tmp_path / "none").exists()
+
+
+def test_from_checkpoint_wants_a_whole_checkpoint_of_mfql_offline(data, tmp_path):
+    offline, own = train(mfql_offline, data, tmp_path / "offline"), train(m, data, tmp_path / "own", *ONLINE)
+    with pytest.raises(m.BadInput, match="cannot be trained on"):
+        m.main(["--from-checkpoint", str(offline / "policy.pt"), "--runs-dir", str(tmp_path / "none")])
+    with pytest.raises(m.BadInput, match="of mfql_offline_to_online, not of mfql_offline"):
+        m.main(["--from-checkpoint", str(own), "--runs-dir", str(tmp_path / "none")])
