@@ -25,6 +25,8 @@ class Args:
     """key of metrics.jsonl that is drawn"""
     line: list[str] = field(default_factory=list)
     """label=VALUE, horizontal lines"""
+    xlabel: str = "gradient steps"
+    """what the steps are"""
     title: str = ""
     """title above the picture"""
 
@@ -49,7 +51,7 @@ def main():
         label, value = line.rsplit("=", 1)
         axes.axhline(float(value), color="gray", linestyle="--", linewidth=1)
         axes.annotate(label, (0, float(value)), xytext=(2, 2), textcoords="offset points", color="gray", fontsize=8)
-    axes.set(xlabel="gradient steps", ylabel=args.metric, title=args.title)
+    axes.set(xlabel=args.xlabel, ylabel=args.metric, title=args.title)
     axes.legend()
     figure.savefig(args.out, dpi=120)
 
