@@ -1012,7 +1012,15 @@ def main(argv=None):
         raise BadInput(f"{checkpoint_path or args.from_checkpoint} was trained on other data than "
                        f"{args.dataset_path or args.env_id} holds")
     data_rows = len(data["rewards"])
-    capacity = max(data_rows, min(args.buffer_size, data_rows + args.online_steps))
+    fixed = ["seed", "buffer_size", "balanced_sampling"] if args.resume else []
+    if args.resume and checkpoint["running"]["steps"]:
+        fixed.append("offline_steps")
+    for key in fixed:
+        if getattr(args, key) != checkpoint["args"][key]:
+            raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run: its unfinished episode and its "
+                           "replay buffer go on")
+    online_rows = max(args.online_steps, checkpoint["running"]["steps"] if args.resume else 0)
+    capacity = max(data_rows, min(args.buffer_size, data_rows + online_rows))
     if args.balanced_sampling and args.online_steps and capacity == data_rows:
         raise BadInput(f"--balanced-sampling needs a --buffer-size above the data's {data_rows} transitions")
     replay = {key: torch.zeros(capacity, *value.shape[1:], device=device) for key, value in data.items()}
@@ -1023,6 +1031,23 @@ def main(argv=None):
     reward_scale, reward_shift = reward_scale_and_shift(args, data["rewards"], data_returns)
     replay["rewards"][:data_rows] = reward_scale * replay["rewards"][:data_rows] + reward_shift
     del data
+
+    def episode_seed(number):
+        """Every episode has its own seed, so that a resumed run can play the unfinished one again."""
+        return int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0])
+
+    running = dict(steps=0, number=0, total=0.0, actions=[])  # of the online phase
+    if args.resume:
+        running = checkpoint["running"]
+    observation, _ = env.reset(seed=episode_seed(running["number"]))
+    for action in running["actions"]:  # plays the unfinished episode again: same seed, same actions, same state
+        observation = env.step(action.numpy())[0]
+    if args.resume:
+        if running["actions"] and not np.array_equal(observation, checkpoint["observation"].numpy()):
+            raise BadInput(f"{args.env_id} is not deterministic: the unfinished episode of {checkpoint_path} went "
+                           "another way, so the run cannot be continued bit for bit")
+        for key, value in checkpoint["online"].items():
+            replay[key][checkpoint["online_rows"].to(device)] = value.to(device)
 
     name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = checkpoint_path.parent if args.resume else pathlib.Path(args.runs_dir) / name
@@ -1050,22 +1075,6 @@ def main(argv=None):
         text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
         tqdm.write(f"step {step}, N = {num_candidates}: {text}")
 
-    def episode_seed(number):
-        """Every episode has its own seed, so that a resumed run can play the unfinished one again."""
-        return int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0])
-
-    running = dict(steps=0, number=0, total=0.0, actions=[])  # of the online phase
-    if args.resume:
-        running = checkpoint["running"]
-    observation, _ = env.reset(seed=episode_seed(running["number"]))
-    for action in running["actions"]:  # plays the unfinished episode again: same seed, same actions, same state
-        observation = env.step(action.numpy())[0]
-    if args.resume:
-        if running["actions"] and not np.array_equal(observation, checkpoint["observation"].numpy()):
-            raise BadInput(f"{args.env_id} is not deterministic: the unfinished episode of {checkpoint_path} went "
-                           "another way, so the run cannot be continued bit for bit")
-        for key, value in checkpoint["online"].items():
-            replay[key][checkpoint["online_rows"].to(device)] = value.to(device)
     interrupts = []
     for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
         signal.signal(number, lambda n, _: (interrupts.append(n), signal.signal(n, signal.SIG_DFL)))
@@ -1107,8 +1116,9 @@ def main(argv=None):
             running["total"] += float(reward)
             running["actions"].append(action)
             if terminated or truncated:
-                log(step + 1, {"charts/episodic_return": running["total"],
-                               "charts/episodic_length": len(running["actions"])})
+                if math.isfinite(running["total"]):  # else the losses are not either, which ends the run soon
+                    log(step + 1, {"charts/episodic_return": running["total"],
+                                   "charts/episodic_length": len(running["actions"])})
                 running.update(number=running["number"] + 1, total=0.0, actions=[])
                 observation, _ = env.reset(seed=episode_seed(running["number"]))
             filled = min(data_rows + running["steps"], capacity)

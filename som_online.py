@@ -671,7 +671,11 @@ def main(argv=None):
         print(json.dumps({"step": agent.step, "num_candidates": candidates, **metrics}))
         return 0
 
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
+    for key in ("seed", "num_envs", "buffer_size") if args.resume else ():
+        if getattr(args, key) != checkpoint["args"][key]:
+            raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run: its unfinished episodes and "
+                           "its replay buffer go on")
+    capacity = min(args.buffer_size, max(args.total_timesteps, agent.step) + args.num_envs)
     replay = dict(observations=torch.zeros(capacity, obs_dim, device=device),
                   actions=torch.zeros(capacity, act_dim, device=device), rewards=torch.zeros(capacity, device=device),
                   masks=torch.zeros(capacity, device=device),
@@ -679,30 +683,6 @@ def main(argv=None):
     ends = np.zeros(capacity, dtype=bool)  # terminated or truncated, for --record-dataset
     if args.record_dataset:
         check_recordable(args, capacity)
-
-    name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = checkpoint_path.parent if args.resume else pathlib.Path(args.runs_dir) / name
-    video_dir = run_dir / "videos" if args.capture_video else None
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise BadInput("--track needs wandb: pip install wandb")
-    if args.capture_video:
-        make_video_env(args, pathlib.Path(args.runs_dir), "test").close()  # fails now rather than after hours
-    packages = ("torch", "numpy", "gymnasium", "mujoco")
-    about = {"args": asdict(args), "device": str(device), "threads": torch.get_num_threads(),
-             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}}
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        (run_dir / "args.json").write_text(json.dumps(about, indent=2))
-        log = Log(run_dir, args, checkpoint["log_offset"] if args.resume else 0)
-    except OSError as error:
-        raise BadInput(f"the run folder cannot be written ({error}): give another --runs-dir") from error
-    print(f"{args.env_id}: {args.num_envs} environments, run folder {run_dir}")
-
-    def evaluate_and_log(prefix, num_candidates):
-        metrics = evaluate(agent, args, num_candidates, None, video_dir)
-        log(agent.step, {name.replace("eval/", prefix): value for name, value in metrics.items()})
-        text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
-        tqdm.write(f"step {agent.step}, N = {num_candidates}: {text}")
 
     def episode_seed(number):
         """Every episode has its own seed, so that a resumed run can play the unfinished ones again."""
@@ -728,6 +708,31 @@ def main(argv=None):
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
+
+    name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    run_dir = checkpoint_path.parent if args.resume else pathlib.Path(args.runs_dir) / name
+    video_dir = run_dir / "videos" if args.capture_video else None
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise BadInput("--track needs wandb: pip install wandb")
+    if args.capture_video:
+        make_video_env(args, pathlib.Path(args.runs_dir), "test").close()  # fails now rather than after hours
+    packages = ("torch", "numpy", "gymnasium", "mujoco")
+    about = {"args": asdict(args), "device": str(device), "threads": torch.get_num_threads(),
+             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        (run_dir / "args.json").write_text(json.dumps(about, indent=2))
+        log = Log(run_dir, args, checkpoint["log_offset"] if args.resume else 0)
+    except OSError as error:
+        raise BadInput(f"the run folder cannot be written ({error}): give another --runs-dir") from error
+    print(f"{args.env_id}: {args.num_envs} environments, run folder {run_dir}")
+
+    def evaluate_and_log(prefix, num_candidates):
+        metrics = evaluate(agent, args, num_candidates, None, video_dir)
+        log(agent.step, {name.replace("eval/", prefix): value for name, value in metrics.items()})
+        text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
+        tqdm.write(f"step {agent.step}, N = {num_candidates}: {text}")
+
     interrupts = []
     for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
         signal.signal(number, lambda n, _: (interrupts.append(n), signal.signal(n, signal.SIG_DFL)))
@@ -764,8 +769,9 @@ def main(argv=None):
         bar.update(args.num_envs)
         if done.any():
             for i in np.flatnonzero(done):
-                log(agent.step, {"charts/episodic_return": running["total"][i],
-                                 "charts/episodic_length": len(running["actions"][i])})
+                if math.isfinite(running["total"][i]):  # else the losses are not either, which ends the run soon
+                    log(agent.step, {"charts/episodic_return": running["total"][i],
+                                     "charts/episodic_length": len(running["actions"][i])})
                 running["number"][i], running["total"][i], running["actions"][i] = running["episodes"], 0.0, []
                 running["episodes"] += 1
             observations, _ = envs.reset(seed=[episode_seed(number) for number in running["number"]],

@@ -1,7 +1,8 @@
 """What users may rely on, whatever the algorithm: run folders, equal numbers, resuming, signals, exit codes, flags.
 
-Every test runs once per script of SCRIPTS, on made-up data and networks of a few hundred weights. Run as a program,
-this file is the driver of the SIGKILL test: it forks one process per life of a run, so that torch is imported once.
+Every test runs once per script of SCRIPTS, or of OFFLINE if it is about data, on made-up data and networks of a few
+hundred weights. Run as a program, this file is the driver of the SIGKILL test: it forks one process per life of a run,
+so that torch is imported once.
 """
 import ast
 import contextlib
@@ -30,18 +31,22 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SCRIPTS = ["mfql_offline", "ofql_offline"]
+OFFLINE = ["mfql_offline", "ofql_offline"]
+SCRIPTS = [*OFFLINE, "som_online"]
 SMALL = {  # flags that make a script's networks small, and the same with other sizes
     "mfql_offline": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1", "--critic-width 24"),
     "ofql_offline": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1 --num-candidates 5 "
                      "--ema-start 7 --target-interval 3 --learning-rate-schedule cosine", "--critic-width 24"),
+    # two environments and one gradient step per step of both: gradient step k ends at environment step 2 k
+    "som_online": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1 --num-candidates 4 "
+                   "--num-proposals 8 --num-envs 2 --learning-starts 1 --utd 0.5", "--critic-width 24"),
 }
-TASK = {  # a task that the script lists with its values
+STRIDE = {"mfql_offline": 1, "ofql_offline": 1, "som_online": 2}  # what --*-interval counts, per gradient step
+TASK = {  # a task and values of its flags: as the script lists them, or the same for every task
     "mfql_offline": ("cube-double-play-singletask-task2-v0", dict(alpha=120, num_candidates=5, gamma=0.995)),
     "ofql_offline": ("antmaze-medium-diverse-v2", dict(eta=0.001, inverse_temperature=5, gamma=0.99)),
+    "som_online": ("Walker2d-v4", dict(alpha=10, num_candidates=32, gamma=0.99)),
 }
-# The intervals share few multiples, so that rows, evaluations and checkpoints come in every order.
-STEPS = "--offline-steps 24 --log-interval 4 --eval-interval 10 --checkpoint-interval 6 --eval-episodes 2"
 EPISODE = 20  # steps of an episode of Short-v0
 
 
@@ -88,10 +93,19 @@ def write_data(path, seed=0, rows=400):
     return path
 
 
+def budget(script, updates):
+    """The flag for a run of so many gradient steps."""
+    return f"--{'offline-steps' if script in OFFLINE else 'total-timesteps'} {STRIDE[script] * updates}"
+
+
 def flags(script, data, folder, *more):
-    """The command line of a small run whose run folder will lie in `folder`. The last of equal flags counts."""
-    text = " ".join(["--env-id Short-v0 --no-cuda --batch-size 32", SMALL[script][0], STEPS, *more])
-    return ["--runs-dir", str(folder), "--dataset-path", str(data), *text.split()]
+    """The command line of a small run whose run folder will lie in `folder`. The last of equal flags counts. The
+    intervals share few multiples, so that rows, evaluations and checkpoints come in every order."""
+    log, evaluation, checkpoint = (STRIDE[script] * interval for interval in (4, 10, 6))
+    text = " ".join(["--env-id Short-v0 --no-cuda --batch-size 32 --eval-episodes 2", SMALL[script][0],
+                     f"--log-interval {log} --eval-interval {evaluation} --checkpoint-interval {checkpoint}",
+                     budget(script, 24), *more])
+    return ["--runs-dir", str(folder), *(["--dataset-path", str(data)] if script in OFFLINE else []), *text.split()]
 
 
 def train(m, data, folder, *more, code=0):
@@ -102,13 +116,14 @@ def train(m, data, folder, *more, code=0):
 
 
 def rows(run):
-    """The rows of metrics.jsonl without the one number that depends on the clock. Fails on a line that is not JSON."""
+    """The rows of metrics.jsonl without what depends on the clock. Fails on a line that is not JSON."""
     found = [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "charts/UPS"} for row in found]
+    return [{key: value for key, value in row.items() if key not in ("charts/UPS", "charts/SPS")} for row in found]
 
 
 def result(run):
-    """All that a run computed: networks, optimisers, schedules, step and random states; not where it was written."""
+    """All that a run computed: networks, optimisers, schedules, step, random states, replay buffer and unfinished
+    episodes; not where it was written."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     return {key: value for key, value in state.items() if key not in ("args", "log_offset")}
 
@@ -148,7 +163,9 @@ def process(command, **more):
 
 @contextlib.contextmanager
 def at_step(monkeypatch, m, place, step, act):
-    """Calls act() at the end of the update number `step`, or where an evaluation or a row of that step begins."""
+    """Calls act() at the end of the update number `step`, or where an evaluation or a row of its step begins."""
+    step *= STRIDE[m.SCRIPT]
+
     def update(agent, batch, original=m.Agent.update):
         parts = original(agent, batch)
         if agent.step == step:
@@ -182,6 +199,9 @@ def m(request):
     torch.set_num_threads(threads)
 
 
+about_data = pytest.mark.parametrize("m", OFFLINE, indirect=True)  # leaves out som_online, which reads no dataset
+
+
 @pytest.fixture(autouse=True)
 def process_state():
     """main() installs signal handlers and makes torch deterministic: put both back. A signal that main does not
@@ -204,7 +224,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def baseline(m, data, tmp_path_factory):
-    """One run of 24 steps in one go. Tests that change the folder work on a copy."""
+    """One run of 24 gradient steps in one go. Tests that change the folder work on a copy."""
     return train(m, data, tmp_path_factory.mktemp("runs"))
 
 
@@ -214,35 +234,50 @@ def run(baseline, tmp_path):
 
 
 # ---------------------------------------------------------------- the run folder
-def test_run_folder_holds_the_documented_files(m, baseline):
+def test_run_folder_holds_the_documented_files(m, data, baseline):
     """Scripts that read run folders rely on these names."""
     assert re.fullmatch(rf"Short-v0__{m.SCRIPT}__1__\d+", baseline.name)
     assert {path.name for path in baseline.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "policy.pt"}
     about = json.loads((baseline / "args.json").read_text())
-    assert (about["args"]["offline_steps"], about["args"]["seed"], about["args"]["env_id"]) == (24, 1, "Short-v0")
+    assert about["args"] == m.asdict(m.parse_args(flags(m.SCRIPT, data, baseline.parent))[0])
     assert about["device"] == "cpu" and about["threads"] == 1
     assert about["versions"]["torch"] == torch.__version__
     assert {"python", "numpy", "gymnasium"} <= set(about["versions"])
+    assert ("data" in about) == (m.SCRIPT in OFFLINE)
+
+
+@about_data
+def test_run_folder_names_its_data(m, baseline):
+    """By fingerprint and by size."""
+    about = json.loads((baseline / "args.json").read_text())
     assert re.fullmatch("[0-9a-f]{64}", about["data"]["sha256"])
     assert about["data"]["transitions"] == 400 - 400 // EPISODE and about["data"]["episodes"] == 400 // EPISODE
 
 
-def test_metric_names_and_steps(baseline):
-    """Losses every log interval, evaluations every evaluation interval and at the end, N = 1 only at the end."""
+def test_metric_names_and_steps(m, baseline):
+    """Losses every log interval, evaluations every evaluation interval and at the end, N = 1 only at the end; online
+    also the episodes of training, where they end."""
     found = [json.loads(line) for line in (baseline / "metrics.jsonl").read_text().splitlines()]
-    steps = {prefix: [row["step"] for row in found if any(name.startswith(prefix) for name in row)]
-             for prefix in ("charts/UPS", "losses/", "eval/", "eval_n1/")}
-    logged = [4, 8, 12, 16, 20, 24]
-    assert steps == {"charts/UPS": logged, "losses/": logged, "eval/": [10, 20, 24], "eval_n1/": [24]}
-    names = {"episodic_return", "episodic_return_std", "episodic_length"}
+    online, stride = m.SCRIPT not in OFFLINE, STRIDE[m.SCRIPT]
+    speeds = {"charts/UPS", "charts/SPS"} if online else {"charts/UPS"}
+    logged = [stride * update for update in (4, 8, 12, 16, 20, 24)]
+    expected = {**dict.fromkeys(speeds, logged), "losses/": logged, "eval_n1/": [24 * stride],
+                "eval/": [stride * update for update in (10, 20, 24)],
+                "charts/episodic_return": [EPISODE * stride] * 2 if online else []}
+    assert expected == {prefix: [row["step"] for row in found if any(name.startswith(prefix) for name in row)]
+                        for prefix in expected}
     for row in found:
         assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
-        if not any(name.startswith("losses/") for name in row):
+        if any(name.startswith("losses/") for name in row):
+            assert all(row[name] > 0 for name in speeds)
+        elif "charts/episodic_return" in row:
+            assert set(row) == {"step", "charts/episodic_return", "charts/episodic_length"}
+            assert row["charts/episodic_length"] == EPISODE
+        else:
             prefix = "eval_n1" if "eval_n1/episodic_return" in row else "eval"
+            names = ("episodic_return", "episodic_return_std", "episodic_length")
             assert set(row) == {"step", *(f"{prefix}/{name}" for name in names)}
             assert row[f"{prefix}/episodic_length"] == EPISODE
-        else:
-            assert row["charts/UPS"] > 0
 
 
 def test_two_runs_of_the_same_second_keep_their_folders(m, data, tmp_path, monkeypatch):
@@ -293,15 +328,14 @@ def test_watching_does_not_change_training(m, data, baseline, tmp_path, change):
 
 # ---------------------------------------------------------------- evaluation
 def scripted_agent(m, tmp_path, *more):
-    args = m.parse_args(["--env-id", "Scripted-v0", "--dataset-path", str(tmp_path / "none.hdf5"),
-                         *SMALL[m.SCRIPT][0].split(), *more])[0]
+    args = m.parse_args(flags(m.SCRIPT, tmp_path / "none.hdf5", tmp_path, "--env-id Scripted-v0", *more))[0]
     torch.manual_seed(0)
     return m.Agent(3, 1, args, torch.device("cpu")), args
 
 
 def test_evaluation_counts_each_episode_once_to_its_end(m, tmp_path):
     """Against episodes played one by one: number i has seed 1000 * seed + i; nothing counts after its end."""
-    agent, args = scripted_agent(m, tmp_path, "--eval-episodes", "7", "--seed", "3")
+    agent, args = scripted_agent(m, tmp_path, "--eval-episodes 7 --seed 3")
     returns, lengths, successes = [], [], []
     for i in range(7):
         env, total, done, length, success = Scripted(), 0.0, False, 0, False
@@ -360,7 +394,7 @@ def test_evaluate_flag_repeats_the_final_evaluation(m, data, tmp_path, capsys):
 
 def test_evaluate_flag_works_on_a_resumed_run(m, run, capsys):
     """The resumed run's own --resume must not be taken for a request to resume again."""
-    assert m.main(["--resume", str(run), "--offline-steps", "26"]) == 0
+    assert m.main(["--resume", str(run), *budget(m.SCRIPT, 26).split()]) == 0
     for name in ("checkpoint.pt", "policy.pt"):
         assert m.main(["--evaluate", str(run / name)]) == 0
 
@@ -384,8 +418,8 @@ def arm(m, place, count):
             os.kill(os.getpid(), signal.SIGTERM if place == "SIGTERM" else signal.SIGKILL)
         return parts
 
-    def act(*more, original=m.Agent.act):
-        return die() if next(countdown) == 0 else original(*more)
+    def act(*more, original=m.Agent.act):  # of training without, of evaluations with a generator
+        return die() if len(more) == 4 and next(countdown) == 0 else original(*more)
 
     def write_row(log, step, metrics, original=m.Log.__call__):
         if next(countdown) == 0:
@@ -435,7 +469,7 @@ def live(m, argv, place=None, count=0, delay=None):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def drive(script, data, folder, steps):
+def drive(script, data, folder, updates):
     """Trains once in one go into folder/whole and once killed again and again into folder/killed, then resumed to the
     end. Prints the places of the kills as JSON."""
     sys.path.insert(0, str(ROOT))
@@ -446,7 +480,7 @@ def drive(script, data, folder, steps):
     if hasattr(m, "next_alpha"):  # checks alpha every 4 steps instead of 2000, so that its history is part of this
         m.next_alpha = lambda alpha, history, loss, step, args, original=m.next_alpha: original(
             alpha, history, loss, 500 * step, args)
-    more = f"--offline-steps {steps}"
+    more = budget(script, int(updates))
     assert live(m, flags(script, data, folder / "whole", more)) == 0
     places = [*PLACES] * 2
     rng.shuffle(places)
@@ -479,7 +513,7 @@ def test_killed_at_random_moments_and_resumed(m, data, tmp_path):
     whole, = (tmp_path / "whole").iterdir()
     killed, = (tmp_path / "killed").iterdir()
     assert_same_run(killed, whole)
-    assert len(rows(whole)) == 24 + 9 + 2
+    assert len(rows(whole)) == 24 + 9 + 2 + (0 if m.SCRIPT in OFFLINE else 2 * (96 // EPISODE))
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
 
 
@@ -491,7 +525,8 @@ def test_interrupted_and_resumed(m, data, baseline, tmp_path, monkeypatch, capsy
     with at_step(monkeypatch, m, place, step, lambda: os.kill(os.getpid(), number)):
         run = train(m, data, tmp_path, code=130)
     said = int(re.search(r"interrupted at step (\d+), state saved", capsys.readouterr().out)[1])
-    assert said == result(run)["step"] and said in ([step] if place == "update" else [step, step + 1])
+    said_update = said / STRIDE[m.SCRIPT]
+    assert said == result(run)["step"] and said_update in ([step] if place == "update" else [step, step + 1])
     assert m.main(["--resume", str(run)]) == 0
     assert_same_run(run, baseline)
 
@@ -525,9 +560,10 @@ def test_resuming_a_checkpoint_that_was_moved_alone(m, run, tmp_path):
 
 def test_flags_beside_resume_override(m, run, capsys):
     """A finished run can be made longer, and the script says what differs from the checkpoint."""
-    assert m.main(["--resume", str(run), "--offline-steps", "26"]) == 0
-    assert result(run)["step"] == 26
-    assert "--offline-steps 26 instead of the checkpoint's 24" in capsys.readouterr().out.splitlines()
+    flag, old = budget(m.SCRIPT, 26), budget(m.SCRIPT, 24).split()[1]
+    assert m.main(["--resume", str(run), *flag.split()]) == 0
+    assert result(run)["step"] == 26 * STRIDE[m.SCRIPT]
+    assert f"{flag} instead of the checkpoint's {old}" in capsys.readouterr().out.splitlines()
 
 
 # ---------------------------------------------------------------- checkpoints that cannot be used
@@ -596,17 +632,19 @@ def test_resume_with_another_environment_is_refused(m, run):
     assert_refused(m, ["--resume", str(run), "--env-id", "MountainCarContinuous-v0"], run, match="does not fit")
 
 
+@about_data
 def test_resume_with_other_data_is_refused(m, run, tmp_path):
     """Same shapes, other numbers: only the fingerprint can tell."""
     other = write_data(tmp_path / "other.hdf5", seed=1)
     assert_refused(m, ["--resume", str(run), "--dataset-path", str(other)], run, match="other data")
 
 
-def test_checkpoints_are_data(baseline):
+def test_checkpoints_are_data(m, baseline):
     """torch.load needs no trust to read them."""
     for name in ("checkpoint.pt", "policy.pt"):
         state = torch.load(baseline / name, weights_only=True)
-        assert state["step"] == 24 and all(value.isfinite().all() for value in state["agent"].values())
+        assert state["step"] == 24 * STRIDE[m.SCRIPT]
+        assert all(value.isfinite().all() for value in state["agent"].values())
 
 
 class Bomb:
@@ -637,7 +675,7 @@ def test_code_in_a_checkpoint_does_not_run(m, tmp_path, write):
 def test_non_finite_loss_stops_the_run(m, data, tmp_path, monkeypatch, capsys, poisoned, found, good):
     """At the next log, evaluation or checkpoint: exit code 3 and one line that says what, when and what is left. The
     checkpoint of before is whole and finite; the poisoned weights are neither written nor evaluated."""
-    batches = itertools.count(1)
+    batches, stride = itertools.count(1), STRIDE[m.SCRIPT]
 
     def sample(replay, batch_size, original=m.sample):
         batch = original(replay, batch_size)
@@ -646,13 +684,13 @@ def test_non_finite_loss_stops_the_run(m, data, tmp_path, monkeypatch, capsys, p
     monkeypatch.setattr(m, "sample", sample)
     run = train(m, data, tmp_path, code=3)
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith(m.SCRIPT)]
-    assert len(error) == 1 and f"step {found}" in error[0] and str(run / "checkpoint.pt") in error[0]
+    assert len(error) == 1 and f"step {found * stride}:" in error[0] and str(run / "checkpoint.pt") in error[0]
     assert re.search(r"losses/\w+ is (inf|nan)", error[0])
-    assert [row["step"] for row in rows(run)] == [step for step in (4, 8, 10) if step < found]
+    assert [row["step"] for row in rows(run)] == [update * stride for update in (4, 8, 10) if update < found]
     assert (run / "checkpoint.pt").exists() == (good is not None) and not list(run.glob("*.tmp"))
     if good:
         state = result(run)
-        assert state["step"] == good and all(value.isfinite().all() for value in state["agent"].values())
+        assert state["step"] == good * stride and all(value.isfinite().all() for value in state["agent"].values())
 
 
 # ---------------------------------------------------------------- flags
@@ -719,6 +757,7 @@ def test_numbers_beyond_64_bits(m):
         m.parse_args(["--seed", str(2**63)])
 
 
+@about_data
 def test_rewards_in_training_are_scaled_then_shifted(m, data, tmp_path):
     """The same as training on data whose rewards are 0.5 r - 1 (quarters, so that the numbers are exact)."""
     runs = []
@@ -731,6 +770,7 @@ def test_rewards_in_training_are_scaled_then_shifted(m, data, tmp_path):
     assert differences(result(runs[0])["agent"], result(runs[1])["agent"]) == []
 
 
+@about_data
 def test_reward_normalization(m):
     """return_range and standardize, on top of the flags for scale and shift."""
     rewards, returns = np.array([1.0, 2, 6, 7], dtype=np.float32), np.array([3.0, 13.0])
@@ -744,29 +784,35 @@ def test_flags_of_a_checkpoint_are_defaults(m, baseline):
     """--evaluate and --resume need no other flag."""
     args, path, checkpoint = m.parse_args(["--evaluate", str(baseline)])
     assert args == m.Args(**dict(checkpoint["args"], evaluate=str(baseline)))
-    assert path == baseline / "checkpoint.pt" and args.offline_steps == 24
+    assert path == baseline / "checkpoint.pt" and args.critic_width == 16 != m.Args().critic_width
     assert m.parse_args(["--resume", str(baseline), "--tau", "0.1"])[0].tau == 0.1
 
 
 @pytest.mark.parametrize("wrong", ["--batch-size 0", "--gamma 1.5", "--gamma nan", "--tau -0.1", "--eval-episodes 0",
-                                   "--seed -1", "--offline-steps 0", "--log-interval -5"])
+                                   "--seed -1", "no budget", "--log-interval -5"])
 def test_flag_out_of_range(m, wrong):
     """Told at once and by name."""
+    wrong = budget(m.SCRIPT, 0) if wrong == "no budget" else wrong
     with pytest.raises(m.BadInput, match=wrong.split()[0]):
         m.parse_args(wrong.split())
 
 
 def test_no_number_may_be_negative(m):
-    """A negative learning rate or norm would train the wrong way round without a word. Two flags may be negative."""
+    """A negative learning rate or norm would train the wrong way round without a word."""
     numbers = [name for name, value in m.asdict(m.Args()).items()
                if type(value) in (int, float) and name not in ("reward_shift", "time_mean")]
-    assert m.parse_args(["--reward-shift", "-1"])[0].reward_shift == -1
-    with pytest.raises(m.BadInput, match="--reward-shift nan"):
-        m.parse_args(["--reward-shift", "nan"])
     assert len(numbers) > 15
     for flag in (f"--{name.replace('_', '-')}" for name in numbers):
         with pytest.raises(m.BadInput, match=f"{flag} -1"):
             m.parse_args([flag, "-1"])
+
+
+@about_data
+def test_reward_shift_may_be_negative(m):
+    """Costs per step, say; but it must be a number."""
+    assert m.parse_args(["--reward-shift", "-1"])[0].reward_shift == -1
+    with pytest.raises(m.BadInput, match="--reward-shift nan"):
+        m.parse_args(["--reward-shift", "nan"])
 
 
 @pytest.mark.parametrize("wrong", ["--batch-size many", "--no-such-flag 1", "--track maybe"])
@@ -788,11 +834,11 @@ def alone(m, folder, *argv, **environ):
 
 def test_script_runs_alone(m, data, tmp_path):
     """No sibling, no repository, no PYTHONPATH; on an environment that Gymnasium itself has."""
-    argv = flags(m.SCRIPT, data, "runs", "--env-id Pendulum-v1 --offline-steps 3 --eval-episodes 1")
+    argv = flags(m.SCRIPT, data, "runs", "--env-id Pendulum-v1 --eval-episodes 1", budget(m.SCRIPT, 3))
     done = alone(m, tmp_path, *argv)
     assert done.returncode == 0, done.stderr
     run, = (tmp_path / "runs").iterdir()
-    assert run.name.startswith("Pendulum-v1__") and result(run)["step"] == 3
+    assert run.name.startswith("Pendulum-v1__") and result(run)["step"] == 3 * STRIDE[m.SCRIPT]
 
 
 def test_script_shows_help_alone(m, tmp_path):
@@ -800,11 +846,12 @@ def test_script_shows_help_alone(m, tmp_path):
     assert done.returncode == 0 and "--env-id" in done.stdout and done.stderr == ""
 
 
-def test_script_alone_without_data(m, tmp_path):
-    """No arguments and no data/ beside the script: one line on stderr, exit code 2, no run folder."""
-    done = alone(m, tmp_path, HOME=str(tmp_path / "home"))
+def test_script_alone_with_bad_input(m, tmp_path):
+    """One line on stderr, exit code 2, no run folder. Offline it is enough that there is no data beside the script."""
+    argv, hint = ([], "--dataset-path") if m.SCRIPT in OFFLINE else (["--env-id", "CartPole-v1"], "--env-id")
+    done = alone(m, tmp_path, *argv, HOME=str(tmp_path / "home"))
     assert done.returncode == 2 and done.stderr.startswith(f"{m.SCRIPT}: "), done.stderr
-    assert len(done.stderr.splitlines()) == 1 and "--dataset-path" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and hint in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {f"{m.SCRIPT}.py", "home", "__pycache__"}
 
 
@@ -817,10 +864,10 @@ def test_optional_packages_are_imported_where_they_are_used(m, data, tmp_path):
         "early = sorted(names & set(sys.modules))\n"
         "assert m.main(sys.argv[1:]) == 0\n"
         "print(json.dumps([early, sorted(names & set(sys.modules))]))\n")
-    argv = flags(m.SCRIPT, data, tmp_path, "--env-id Pendulum-v1 --offline-steps 1 --eval-episodes 1")
+    argv = flags(m.SCRIPT, data, tmp_path, "--env-id Pendulum-v1 --eval-episodes 1", budget(m.SCRIPT, 1))
     done = process([sys.executable, "-c", program, *argv], env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [[], ["h5py"]]
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], ["h5py"] if m.SCRIPT in OFFLINE else []]
 
 
 # ---------------------------------------------------------------- wandb and videos
@@ -843,21 +890,23 @@ def test_track_offline(m, data, tmp_path, monkeypatch):
 
 
 def test_track_without_wandb(m, data, tmp_path, monkeypatch):
-    """One line that says what to install."""
+    """One line that says what to install, and no run folder is left behind."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(m.BadInput, match="pip install wandb"):
         m.main(flags(m.SCRIPT, data, tmp_path, "--track"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_capture_video(m, data, tmp_path):
     """A video per evaluation, named after its step, and the training is the same with and without."""
     pytest.importorskip("moviepy")
-    more = "--env-id Scripted-v0 --offline-steps 4 --eval-interval 2"
+    stride = STRIDE[m.SCRIPT]
+    more = f"--env-id Scripted-v0 --eval-interval {2 * stride} {budget(m.SCRIPT, 4)}"
     plain = train(m, data, tmp_path / "plain", more)
     filmed = train(m, data, tmp_path / "filmed", more, "--capture-video")
     videos = list((filmed / "videos").glob("*.mp4"))
     assert len(videos) >= 2 and all(path.stat().st_size > 500 for path in videos)
-    assert {int(re.search(r"step-(\d+)", path.name)[1]) for path in videos} == {2, 4}
+    assert {int(re.search(r"step-(\d+)", path.name)[1]) for path in videos} == {2 * stride, 4 * stride}
     assert_same_run(filmed, plain)
     shutil.rmtree(filmed / "videos")
     assert m.main(["--evaluate", str(filmed)]) == 0 and list((filmed / "videos").glob("*.mp4"))

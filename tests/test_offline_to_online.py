@@ -249,6 +249,26 @@ def test_killed_between_checkpoints(data, tmp_path, monkeypatch):
     assert metrics(run) == metrics(whole)
 
 
+@pytest.mark.parametrize("flag", [["--seed", "2"], ["--buffer-size", "500"], ["--balanced-sampling"],
+                                  ["--offline-steps", "20"]])
+def test_what_cannot_change_in_a_resumed_run(data, tmp_path, flag):
+    """Refused before the run folder is touched."""
+    run = train(m, data, tmp_path, *ONLINE)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(m.BadInput, match=f"{flag[0]} cannot change"):
+        m.main(["--resume", str(run), "--online-steps", "40", *flag])
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("more", [[], ["--buffer-size", str(ROWS + 7)]])
+def test_resuming_for_longer_or_not_at_all(data, tmp_path, more):
+    """--online-steps may change: more goes on as if it had been so from the start, fewer changes nothing."""
+    run = train(m, data, tmp_path / "cut", "--online-steps", "20", *more)
+    assert m.main(["--resume", str(run), "--online-steps", "10"]) == 0 and checkpoint(run)["step"] == OFFLINE + 20
+    assert m.main(["--resume", str(run), "--online-steps", "30"]) == 0
+    assert_equal(train(m, data, tmp_path / "whole", *ONLINE, *more), run)
+
+
 def test_from_checkpoint_equals_both_phases(data, tmp_path):
     """The offline run's flags need not be repeated; the result is that of a run in one go, bit for bit."""
     both = train(m, data, tmp_path / "both", *ONLINE, "--gamma", "0.9", "--no-normalize-q-loss")

@@ -27,6 +27,8 @@ MAY_DIFFER = {  # name: why two scripts may write it differently
     "one_step_action": "an equation of each paper",
     "critic_loss": "an equation of each paper",
     "actor_loss": "an equation of each paper",
+    "actor_learning_rate": "the online phase has its own",
+    "next_alpha": "the online phase may have its own",
     "make_env": "som_online takes Gymnasium names only, it reads no data",
     "main": "offline and online loops",
     "Agent": "networks, optimisers and schedules are the algorithm's own",

@@ -1,6 +1,11 @@
-"""Runs of `som_online.py` on Pendulum: equal numbers, resuming, the recorded dataset, refusals."""
+"""What only online runs have: several environments, episodes of all lengths, the replay buffer, the recorded dataset.
+
+What they share with the other scripts is in test_behaviour.py.
+"""
+import collections
 import itertools
 import json
+import math
 import os
 import signal
 
@@ -8,12 +13,35 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import PendulumEnv
 
 import som_online as m
 
 FLAGS = ("--env-id Pendulum-v1 --no-cuda --total-timesteps 390 --num-envs 3 --learning-starts 90 --num-proposals 8 "
          "--num-candidates 4 --batch-size 16 --policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1 "
          "--log-interval 60 --eval-interval 150 --checkpoint-interval 75 --eval-episodes 2")
+
+
+class Walk(gym.Env):
+    """Terminates after 3 to 9 steps, which only the seed decides; LIMIT cuts some of these episodes short. Observes
+    the steps so far, that length, a position that the actions move, and the last action as it arrived."""
+
+    LIMIT, LOW, HIGH = 6, np.float32([-3, 0]), np.float32([5, 0.5])
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
+    action_space = gym.spaces.Box(LOW, HIGH)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.now = [0, self.np_random.integers(3, 10), self.np_random.normal(), 0, 0]
+        return np.float32(self.now), {}
+
+    def step(self, action):
+        step, length, position, _, _ = self.now
+        self.now = [step + 1, length, position + self.np_random.normal() * action.sum(), *action]
+        return np.float32(self.now), float(self.now[2]), step + 1 == length, False, {}
+
+
+gym.register("Walk-v0", entry_point=Walk, max_episode_steps=Walk.LIMIT)
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +79,13 @@ def assert_equal(run, other):
     assert all(torch.equal(value, other_tensors[key]) for key, value in tensors.items())
 
 
-@pytest.mark.parametrize("stops", [(1,), (20, 23), (7, 61, 115)])  # updates, of 120
-def test_interrupted_runs_continue_bit_for_bit(tmp_path, monkeypatch, stops):
-    """SIGTERM in the middle of episodes, several times over: same numbers as a run in one go."""
-    whole = train(tmp_path / "whole", "--total-timesteps", "690")
+@pytest.mark.parametrize("env_id, stops", [("Pendulum-v1", (1,)), ("Pendulum-v1", (7, 61, 115)),
+                                           ("Walk-v0", (20, 23, 99))])  # updates, of 120
+def test_interrupted_runs_continue_bit_for_bit(tmp_path, monkeypatch, env_id, stops):
+    """SIGTERM in the middle of episodes, several times over: same numbers as a run in one go. The episodes of Walk end
+    one by one, those of Pendulum all at once."""
+    more = ("--total-timesteps", "690", "--env-id", env_id)
+    whole = train(tmp_path / "whole", *more)
     assert outcome(whole)[0] == 690 and any("charts/episodic_return" in row for row in outcome(whole)[2])
     update = m.Agent.update
 
@@ -66,7 +97,7 @@ def test_interrupted_runs_continue_bit_for_bit(tmp_path, monkeypatch, stops):
 
     seen = set()
     monkeypatch.setattr(m.Agent, "update", interrupted)
-    run = train(tmp_path / "cut", "--total-timesteps", "690", code=130)
+    run = train(tmp_path / "cut", *more, code=130)
     for attempt in itertools.count(2):
         code = m.main(["--resume", str(run)])
         if code == 0:
@@ -76,28 +107,81 @@ def test_interrupted_runs_continue_bit_for_bit(tmp_path, monkeypatch, stops):
     assert_equal(run, whole)
 
 
-def test_seed_and_watching(tmp_path):
-    """Another seed gives other numbers; evaluating, logging and saving more often does not."""
-    one = train(tmp_path / "one")
-    other = train(tmp_path / "other", "--eval-interval", "60", "--log-interval", "30", "--checkpoint-interval", "300")
-    two = train(tmp_path / "two", "--seed", "2")
-    weights = [outcome(run)[1] for run in (one, other, two)]
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-    assert not torch.equal(weights[0]["policy.final.weight"],
-                           weights[2]["policy.final.weight"])
+@pytest.mark.parametrize("utd", [0.5, 1])
+def test_utd_and_learning_starts(tmp_path, monkeypatch, utd):
+    """Gradient steps = utd * (steps - learning_starts), after each step of the 3 environments its share; the buffer
+    holds what happened."""
+    spread, update = collections.Counter(), m.Agent.update
 
+    def counted(agent, batch):
+        spread[agent.step] += 1
+        return update(agent, batch)
 
-def test_utd_and_learning_starts(tmp_path):
-    """Gradient steps = utd * (steps - learning_starts), and the buffer holds what happened."""
-    run = train(tmp_path / "runs", "--utd", "0.5")
+    monkeypatch.setattr(m.Agent, "update", counted)
+    run = train(tmp_path / "runs", "--utd", str(utd))
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert state["training"]["updates"] == 150
+    assert state["training"]["updates"] == utd * 300 == spread.total()
+    assert list(spread) == list(range(93, 391, 3)) and set(spread.values()) <= {int(3 * utd), math.ceil(3 * utd)}
     replay = state["replay"]
     assert len(replay["rewards"]) == 390 and replay["masks"].eq(1).all()  # Pendulum never terminates
     first = replay["observations"][0::3]  # of the first environment: each row follows from the one before
     follows = (replay["next_observations"][0::3][:-1] == first[1:]).all(1)
     assert follows.sum() == 390 // 3 - 1  # 130 steps, fewer than an episode's 200
     assert replay["actions"].abs().max() <= 1 and replay["rewards"].min() < -1
+
+
+def test_terminations_and_time_limits_in_the_replay(tmp_path):
+    """An end by the environment has mask 0 and no bootstrap, one by the time limit mask 1 and a bootstrap. Both keep
+    the true last observation, and the next row of that environment begins anew, while the others go on."""
+    run = train(tmp_path / "runs", "--env-id", "Walk-v0")
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    replay, ends = state["replay"], state["ends"]
+    before, after = replay["observations"], replay["next_observations"]
+    (step, length), limit = after[:, :2].T, Walk.LIMIT
+    assert torch.equal(replay["masks"] == 0, step == length)
+    assert torch.equal(ends, (step == length) | (step == limit))
+    terminated, truncated = ends & (replay["masks"] == 0), ends & (replay["masks"] == 1)
+    assert min(terminated.sum(), truncated.sum()) > 10 and (terminated & (step == limit)).any()
+    assert torch.equal(before[:, 0] + 1, step) and torch.equal(before[:, 1], length)  # each row within one episode
+    assert torch.equal(replay["rewards"], after[:, 2])
+    together = ends.reshape(-1, 3).sum(1)
+    assert (together == 1).any() and (together == 2).any()
+    for i in range(3):
+        again = ends[i::3][:-1]
+        assert torch.equal(before[i::3][1:][~again], after[i::3][:-1][~again])
+        assert before[i::3][1:][again][:, [0, 3, 4]].eq(0).all()
+    starts = before[before[:, 0] == 0]
+    assert len(starts) == len(starts[:, 2].unique()) > 50  # every episode has its own seed
+
+    agent = m.Agent(5, 2, m.parse_args(["--evaluate", str(run)])[0], torch.device("cpu"))
+    agent.load_state_dict(state["agent"])
+    for rows, same in ((terminated, True), (truncated, False)):
+        batch = {key: value[rows] for key, value in replay.items()}
+        other = dict(batch, next_observations=batch["next_observations"] + 1)
+        noise = torch.zeros(len(batch["rewards"]), 1, 2)
+        loss, other_loss = (m.critic_loss(agent.policy, agent.critic, agent.target_critic, b, noise, agent.args)
+                            for b in (batch, other))
+        assert (loss == other_loss) == same
+
+
+def test_actions_reach_the_environment_in_its_own_box(tmp_path):
+    """The replay's -1 is the low end of the box, its 1 the high one."""
+    run = train(tmp_path / "runs", "--env-id", "Walk-v0", "--exploration-noise", "2")
+    replay = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]
+    actions = replay["actions"].numpy()
+    assert (actions.min(), actions.max()) == (-1, 1) and (abs(actions) < 0.9).any(0).all()
+    arrived = replay["next_observations"][:, 3:].numpy()
+    np.testing.assert_allclose(arrived, Walk.LOW + (actions + 1) / 2 * (Walk.HIGH - Walk.LOW), atol=1e-6)
+
+
+def test_reward_scale(tmp_path, monkeypatch):
+    """The same as training in an environment with smaller rewards (a power of 2, so that the numbers are exact)."""
+    by_flag = train(tmp_path / "flag", "--env-id", "Walk-v0", "--reward-scale", "0.25")
+    step = Walk.step
+    monkeypatch.setattr(Walk, "step", lambda env, action: (lambda o, r, *more: (o, r / 4, *more))(*step(env, action)))
+    by_env = train(tmp_path / "env", "--env-id", "Walk-v0", "--reward-scale", "1")
+    agents = [torch.load(run / "checkpoint.pt", weights_only=True)["agent"] for run in (by_flag, by_env)]
+    assert all(torch.equal(value, agents[1][key]) for key, value in agents[0].items())
 
 
 def test_recorded_dataset_is_what_happened(tmp_path, monkeypatch):
@@ -146,3 +230,45 @@ def test_refusals(tmp_path, monkeypatch, flags, reason):
     with pytest.raises(m.BadInput, match=reason):
         train(tmp_path / "runs", *flags)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flag, value", [("--num-envs", "5"), ("--buffer-size", "100"), ("--buffer-size", "9000"),
+                                         ("--seed", "2"), ("--env-id", "Walk-v0")])
+def test_flags_that_cannot_change_in_a_resumed_run(tmp_path, flag, value):
+    """Refused in one line; the run folder stays as it is."""
+    run = train(tmp_path, "--total-timesteps", "150")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(m.BadInput, match=flag if flag != "--env-id" else "does not fit"):
+        m.main(["--resume", str(run), flag, value])
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_resuming_with_a_smaller_budget_only_evaluates(tmp_path):
+    """As offline."""
+    run = train(tmp_path, "--total-timesteps", "150")
+    before = outcome(run)
+    assert m.main(["--resume", str(run), "--total-timesteps", "60"]) == 0
+    assert outcome(run)[0] == 150 and outcome(run)[2] == before[2]
+
+
+def test_unfinished_episodes_that_go_another_way(tmp_path, monkeypatch):
+    """An environment that is not deterministic cannot be resumed bit for bit: said before anything is written."""
+    run = train(tmp_path, "--total-timesteps", "150")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    monkeypatch.setattr(PendulumEnv, "reset", lambda env, original=PendulumEnv.reset, **more: original(env))
+    with pytest.raises(m.BadInput, match="not deterministic"):
+        m.main(["--resume", str(run)])
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_metrics_stay_json_when_the_policy_is_not_finite(tmp_path, monkeypatch):
+    """An episode that a poisoned policy ends before the losses are looked at has no return to write."""
+    update = m.Agent.update
+
+    def poisoned(agent, batch):
+        return update(agent, dict(batch, rewards=batch["rewards"] * (math.nan if agent.step > 590 else 1)))
+
+    monkeypatch.setattr(m.Agent, "update", poisoned)
+    run = train(tmp_path, "--total-timesteps", "690", "--log-interval", "600", "--eval-interval", "500", code=3)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
