@@ -31,19 +31,24 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-OFFLINE = ["mfql_offline", "ofql_offline"]
+OFFLINE = ["mfql_offline", "ofql_offline", "mfql_offline_to_online"]
 SCRIPTS = [*OFFLINE, "som_online"]
 SMALL = {  # flags that make a script's networks small, and the same with other sizes
     "mfql_offline": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1", "--critic-width 24"),
     "ofql_offline": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1 --num-candidates 5 "
                      "--ema-start 7 --target-interval 3 --learning-rate-schedule cosine", "--critic-width 24"),
+    "mfql_offline_to_online": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1",
+                               "--critic-width 24"),
     # two environments and one gradient step per step of both: gradient step k ends at environment step 2 k
     "som_online": ("--policy-width 16 --policy-depth 1 --critic-width 16 --critic-depth 1 --num-candidates 4 "
                    "--num-proposals 8 --num-envs 2 --learning-starts 1 --utd 0.5", "--critic-width 24"),
 }
-STRIDE = {"mfql_offline": 1, "ofql_offline": 1, "som_online": 2}  # what --*-interval counts, per gradient step
+# what --*-interval counts, per gradient step
+STRIDE = {"mfql_offline": 1, "ofql_offline": 1, "mfql_offline_to_online": 1, "som_online": 2}
 TASK = {  # a task and values of its flags: as the script lists them, or the same for every task
     "mfql_offline": ("cube-double-play-singletask-task2-v0", dict(alpha=120, num_candidates=5, gamma=0.995)),
+    "mfql_offline_to_online": ("cube-double-play-singletask-task2-v0",
+                               dict(alpha=120, num_candidates=5, gamma=0.995)),
     "ofql_offline": ("antmaze-medium-diverse-v2", dict(eta=0.001, inverse_temperature=5, gamma=0.99)),
     "som_online": ("Walker2d-v4", dict(alpha=10, num_candidates=32, gamma=0.99)),
 }
@@ -94,7 +99,10 @@ def write_data(path, seed=0, rows=400):
 
 
 def budget(script, updates):
-    """The flag for a run of so many gradient steps."""
+    """The flags for a run of so many gradient steps; mfql_offline_to_online goes online after 16, or after 3 of 4."""
+    if script == "mfql_offline_to_online":
+        offline = min(16, updates - 1)
+        return f"--offline-steps {offline} --online-steps {updates - offline}"
     return f"--{'offline-steps' if script in OFFLINE else 'total-timesteps'} {STRIDE[script] * updates}"
 
 
@@ -256,7 +264,7 @@ def test_run_folder_names_its_data(m, baseline):
 
 def test_metric_names_and_steps(m, baseline):
     """Losses every log interval, evaluations every evaluation interval and at the end, N = 1 only at the end; online
-    also the episodes of training, where they end."""
+    also the episodes of training, where they end; both evaluations also where a run goes online."""
     found = [json.loads(line) for line in (baseline / "metrics.jsonl").read_text().splitlines()]
     online, stride = m.SCRIPT not in OFFLINE, STRIDE[m.SCRIPT]
     speeds = {"charts/UPS", "charts/SPS"} if online else {"charts/UPS"}
@@ -264,6 +272,8 @@ def test_metric_names_and_steps(m, baseline):
     expected = {**dict.fromkeys(speeds, logged), "losses/": logged, "eval_n1/": [24 * stride],
                 "eval/": [stride * update for update in (10, 20, 24)],
                 "charts/episodic_return": [EPISODE * stride] * 2 if online else []}
+    if m.SCRIPT == "mfql_offline_to_online":
+        expected.update({"charts/SPS": [20, 24], "eval/": [10, 16, 20, 24], "eval_n1/": [16, 24]})
     assert expected == {prefix: [row["step"] for row in found if any(name.startswith(prefix) for name in row)]
                         for prefix in expected}
     for row in found:
@@ -513,7 +523,8 @@ def test_killed_at_random_moments_and_resumed(m, data, tmp_path):
     whole, = (tmp_path / "whole").iterdir()
     killed, = (tmp_path / "killed").iterdir()
     assert_same_run(killed, whole)
-    assert len(rows(whole)) == 24 + 9 + 2 + (0 if m.SCRIPT in OFFLINE else 2 * (96 // EPISODE))
+    more = {"som_online": 2 * (96 // EPISODE), "mfql_offline_to_online": 2 + 80 // EPISODE}.get(m.SCRIPT, 0)
+    assert len(rows(whole)) == 24 + 9 + 2 + more
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
 
 
@@ -561,6 +572,8 @@ def test_resuming_a_checkpoint_that_was_moved_alone(m, run, tmp_path):
 def test_flags_beside_resume_override(m, run, capsys):
     """A finished run can be made longer, and the script says what differs from the checkpoint."""
     flag, old = budget(m.SCRIPT, 26), budget(m.SCRIPT, 24).split()[1]
+    if m.SCRIPT == "mfql_offline_to_online":
+        flag, old = "--online-steps 10", "8"
     assert m.main(["--resume", str(run), *flag.split()]) == 0
     assert result(run)["step"] == 26 * STRIDE[m.SCRIPT]
     assert f"{flag} instead of the checkpoint's {old}" in capsys.readouterr().out.splitlines()
@@ -760,13 +773,13 @@ def test_numbers_beyond_64_bits(m):
 @about_data
 def test_rewards_in_training_are_scaled_then_shifted(m, data, tmp_path):
     """The same as training on data whose rewards are 0.5 r - 1 (quarters, so that the numbers are exact)."""
-    runs = []
+    runs, offline = [], " --online-steps 0" if m.SCRIPT == "mfql_offline_to_online" else ""
     for name, scale, shift, more in (("flags", 1.0, 0.0, "--reward-scale 0.5 --reward-shift -1"),
                                      ("data", 0.5, -1.0, "--reward-scale 1 --reward-shift 0")):
         path = shutil.copy(data, tmp_path / f"{name}.hdf5")
         with h5py.File(path, "r+") as file:
             file["rewards"][...] = scale * np.round(4 * file["rewards"][...]) / 4 + shift
-        runs.append(train(m, path, tmp_path / name, more))
+        runs.append(train(m, path, tmp_path / name, more + offline))
     assert differences(result(runs[0])["agent"], result(runs[1])["agent"]) == []
 
 
@@ -906,7 +919,8 @@ def test_capture_video(m, data, tmp_path):
     filmed = train(m, data, tmp_path / "filmed", more, "--capture-video")
     videos = list((filmed / "videos").glob("*.mp4"))
     assert len(videos) >= 2 and all(path.stat().st_size > 500 for path in videos)
-    assert {int(re.search(r"step-(\d+)", path.name)[1]) for path in videos} == {2 * stride, 4 * stride}
+    assert {int(re.search(r"step-(\d+)", path.name)[1]) for path in videos} == (
+        {2, 3, 4} if m.SCRIPT == "mfql_offline_to_online" else {2 * stride, 4 * stride})
     assert_same_run(filmed, plain)
     shutil.rmtree(filmed / "videos")
     assert m.main(["--evaluate", str(filmed)]) == 0 and list((filmed / "videos").glob("*.mp4"))
