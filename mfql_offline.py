@@ -195,7 +195,7 @@ def task_defaults(env_id):
         return dict(LOCOMOTION, tau=0.02, actor_learning_rate=3e-4, offline_steps=15_000, eval_episodes=20,
                     eval_interval=3_000, policy_width=64, policy_depth=2, critic_width=256, critic_depth=2,
                     compile=shutil.which("g++") is not None)
-    if re.match(r"(mujoco/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
+    if re.match(r"([\w.-]+/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
         return LOCOMOTION
     for pattern, (alpha, num_candidates, time_steps, gamma) in TASKS.items():
         if re.fullmatch(pattern, env_id):
@@ -445,7 +445,8 @@ class Agent(nn.Module):
         self.actor_optimizer.param_groups[0]["lr"].fill_(actor_learning_rate(self.step, args))
         self.actor_optimizer.step()
         self.critic_optimizer.step()
-        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
+        with torch.no_grad():  # else the target would carry the history of every update
+            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
         self.step += 1
         self.alpha.fill_(next_alpha(self.alpha, self.alpha_history, parts["mean_flow"], self.step, args))
         return parts
@@ -471,6 +472,7 @@ class Agent(nn.Module):
     def load_training_state(self, state):
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.critic_optimizer.param_groups[0]["lr"] = self.args.critic_learning_rate  # may be given anew
         self.alpha_history = list(state["alpha_history"])
 
 
@@ -539,6 +541,15 @@ def minari_dataset(args):
                        "script") from error
 
 
+class SeedNumPy(gym.Wrapper):
+    """OGBench's mazes draw their starts from NumPy's global generator: seeded here, so that episodes repeat."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            np.random.seed(seed % 2**32)
+        return self.env.reset(seed=seed, options=options)
+
+
 def make_env(args, **kwargs):
     """The environment of --env-id with flat observations and actions in [-1, 1]; kwargs go to gymnasium.make."""
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # D4RL's tasks are -v4 on purpose
@@ -547,6 +558,7 @@ def make_env(args, **kwargs):
             import ogbench
 
             env = ogbench.make_env_and_datasets(args.env_id, env_only=True, success_timing="post", **kwargs)
+            env = SeedNumPy(env)
         elif source(args) == "minari":
             env = minari_dataset(args).recover_environment(eval_env=True, **kwargs)
         else:
@@ -909,6 +921,8 @@ def main(argv=None):
             agent.step = checkpoint["step"]
             if args.resume:
                 agent.load_training_state(checkpoint["training"])
+                if args.alpha != checkpoint["args"]["alpha"]:
+                    agent.alpha.fill_(args.alpha)
         except (RuntimeError, KeyError, ValueError) as error:
             raise BadInput(f"{checkpoint_path} does not fit these flags, or is a policy.pt, which can be evaluated "
                            f"but not resumed ({str(error).splitlines()[0]})") from error
@@ -970,7 +984,7 @@ def main(argv=None):
         signal.signal(number, lambda n, _: (interrupts.append(n), signal.signal(n, signal.SIG_DFL)))
     if args.resume:
         torch.set_rng_state(checkpoint["random"]["cpu"])
-        if device.type == "cuda":
+        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:  # None: saved on a CPU
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
     bar = tqdm(total=args.offline_steps, initial=agent.step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step = time.time(), agent.step

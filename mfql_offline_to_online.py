@@ -118,7 +118,7 @@ class Args:
     from_checkpoint: str | None = None
     """run folder or checkpoint.pt of mfql_offline.py: its flags, networks and optimisers, and only the online phase"""
     buffer_size: int = 2_000_000
-    """transitions that the replay buffer holds, the data among them; when it is full the oldest give way"""
+    """transitions that the replay buffer holds, at least the data; when it is full the oldest give way"""
     balanced_sampling: bool = False
     """online, half of each batch from the data and half from the new transitions, instead of all alike"""
     exploration_noise: float = 0.0
@@ -154,7 +154,7 @@ class Args:
     num_candidates: int = 5
     """N of Eq. (5), wherever the flags below do not say otherwise"""
     num_candidates_eval: int | None = None
-    """N when acting; None is --num-candidates. The final evaluation also reports N = 1"""
+    """N in evaluation; None is --num-candidates, with which the online phase acts. N = 1 is also reported"""
     num_candidates_target: int | None = None
     """N in the Bellman target, Eq. (6); None is --num-candidates"""
     alpha: float = 1.0
@@ -218,13 +218,12 @@ def task_defaults(env_id):
         return dict(LOCOMOTION, tau=0.02, actor_learning_rate=3e-4, offline_steps=10_000, eval_episodes=20,
                     online_steps=15_000, eval_interval=5_000, policy_width=64, policy_depth=2, critic_width=256,
                     critic_depth=2, compile=shutil.which("g++") is not None)
-    if re.match(r"(mujoco/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
+    if re.match(r"([\w.-]+/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
         return LOCOMOTION
     for pattern, (alpha, num_candidates, time_steps, gamma) in TASKS.items():
         if re.fullmatch(pattern, env_id):
-            steps = 1_000_000 if "singletask" in env_id else 500_000
             return dict(alpha=alpha, num_candidates=num_candidates, time_steps=time_steps, gamma=gamma,
-                        normalize_q_loss=False, offline_steps=steps)
+                        normalize_q_loss=False)
     return {}
 
 
@@ -472,7 +471,8 @@ class Agent(nn.Module):
         self.actor_optimizer.param_groups[0]["lr"].fill_(actor_learning_rate(self.step, args))
         self.actor_optimizer.step()
         self.critic_optimizer.step()
-        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
+        with torch.no_grad():  # else the target would carry the history of every update
+            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
         self.step += 1
         self.alpha.fill_(next_alpha(self.alpha, self.alpha_history, parts["mean_flow"], self.step, args))
         return parts
@@ -498,6 +498,7 @@ class Agent(nn.Module):
     def load_training_state(self, state):
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.critic_optimizer.param_groups[0]["lr"] = self.args.critic_learning_rate  # may be given anew
         self.alpha_history = list(state["alpha_history"])
 
 
@@ -566,6 +567,15 @@ def minari_dataset(args):
                        "script") from error
 
 
+class SeedNumPy(gym.Wrapper):
+    """OGBench's mazes draw their starts from NumPy's global generator: seeded here, so that episodes repeat."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            np.random.seed(seed % 2**32)
+        return self.env.reset(seed=seed, options=options)
+
+
 def make_env(args, **kwargs):
     """The environment of --env-id with flat observations and actions in [-1, 1]; kwargs go to gymnasium.make."""
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # D4RL's tasks are -v4 on purpose
@@ -574,6 +584,7 @@ def make_env(args, **kwargs):
             import ogbench
 
             env = ogbench.make_env_and_datasets(args.env_id, env_only=True, success_timing="post", **kwargs)
+            env = SeedNumPy(env)
         elif source(args) == "minari":
             env = minari_dataset(args).recover_environment(eval_env=True, **kwargs)
         else:
@@ -972,6 +983,8 @@ def main(argv=None):
             agent.step = checkpoint["step"]
             if args.resume:
                 agent.load_training_state(checkpoint["training"])
+                if args.alpha != checkpoint["args"]["alpha"]:
+                    agent.alpha.fill_(args.alpha)
                 agent.step = checkpoint["training"]["updates"]
         except (RuntimeError, KeyError, ValueError) as error:
             raise BadInput(f"{checkpoint_path} does not fit these flags, or is a policy.pt, which can be evaluated "
@@ -980,6 +993,8 @@ def main(argv=None):
         try:
             agent.load_state_dict(offline["agent"])
             agent.load_training_state(offline["training"])
+            if args.alpha != offline["args"]["alpha"]:
+                agent.alpha.fill_(args.alpha)
             agent.step = offline["step"]
         except (RuntimeError, KeyError, ValueError) as error:
             raise BadInput(f"--from-checkpoint {args.from_checkpoint} does not fit these flags, or is a policy.pt, "
@@ -1014,7 +1029,9 @@ def main(argv=None):
     data_rows = len(data["rewards"])
     fixed = ["seed", "buffer_size", "balanced_sampling"] if args.resume else []
     if args.resume and checkpoint["running"]["steps"]:
-        fixed.append("offline_steps")
+        fixed += ["offline_steps", "utd"]
+    elif args.resume and args.offline_steps < agent.step:
+        raise BadInput(f"--offline-steps {args.offline_steps}: {agent.step} have been done")
     for key in fixed:
         if getattr(args, key) != checkpoint["args"][key]:
             raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run: its unfinished episode and its "
@@ -1078,10 +1095,10 @@ def main(argv=None):
     interrupts = []
     for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
         signal.signal(number, lambda n, _: (interrupts.append(n), signal.signal(n, signal.SIG_DFL)))
-    if args.resume or offline is not None:
+    if args.resume or offline is not None and args.seed == offline["args"]["seed"]:
         state = checkpoint or offline
         torch.set_rng_state(state["random"]["cpu"])
-        if device.type == "cuda":
+        if device.type == "cuda" and state["random"]["cuda"] is not None:  # None: saved on a CPU
             torch.cuda.set_rng_state(state["random"]["cuda"])
     step, total = min(agent.step, args.offline_steps) + running["steps"], args.offline_steps + args.online_steps
     bar = tqdm(total=total, initial=step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)

@@ -196,9 +196,9 @@ def task_defaults(env_id):
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
         return dict(LOCOMOTION, tau=0.02, offline_steps=20_000, eval_episodes=20, eval_interval=4_000,
                     policy_width=128, critic_width=128, compile=shutil.which("g++") is not None)
-    if re.match(r"(mujoco/)?halfcheetah[-/]", env_id):  # never falls: a short horizon and a strong Q term serve
+    if re.match(r"([\w.-]+/)?halfcheetah[-/]", env_id):  # never falls: a short horizon and a strong Q term serve
         return dict(LOCOMOTION, gamma=0.99, eta=2.0, inverse_temperature=1.0, offline_steps=2_000_000)
-    if re.match(r"(mujoco/)?(hopper|walker2d|ant)[-/]", env_id):
+    if re.match(r"([\w.-]+/)?(hopper|walker2d|ant)[-/]", env_id):
         return dict(LOCOMOTION, offline_steps=2_000_000)
     for pattern, (inverse_temperature, eta, more) in TASKS.items():
         if re.fullmatch(pattern, env_id):
@@ -208,7 +208,9 @@ def task_defaults(env_id):
 
 # ---------------------------------------------------------------- networks
 def mish(x):
-    """Mish, x tanh(log(1 + e^x)) = x n / (n + 2) with n = e^x (e^x + 2): one exponential, exact in float32."""
+    """Mish, x tanh(log(1 + e^x)); compiled as x n / (n + 2) with n = e^x (e^x + 2), which has one exponential."""
+    if not torch.compiler.is_compiling():
+        return F.mish(x)
     w = x.clamp(max=20).exp()
     n = w * (w + 2)
     return x * n / (n + 2)
@@ -389,10 +391,11 @@ class Agent(nn.Module):
         self.actor_optimizer.step()
 
         self.step += 1
-        if self.step % args.target_interval == 0:
-            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
-        if self.step % 5 == 0 and self.step >= args.ema_start:
-            torch._foreach_lerp_(list(self.ema_policy.parameters()), list(self.policy.parameters()), args.ema_rate)
+        with torch.no_grad():  # else the copies would carry the history of every update
+            if self.step % args.target_interval == 0:
+                torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
+            if self.step % 5 == 0 and self.step >= args.ema_start:
+                torch._foreach_lerp_(list(self.ema_policy.parameters()), list(self.policy.parameters()), args.ema_rate)
         return dict(critic=l_critic.detach(), **parts)
 
     @torch.no_grad()
@@ -489,6 +492,15 @@ def minari_dataset(args):
                        "script") from error
 
 
+class SeedNumPy(gym.Wrapper):
+    """OGBench's mazes draw their starts from NumPy's global generator: seeded here, so that episodes repeat."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            np.random.seed(seed % 2**32)
+        return self.env.reset(seed=seed, options=options)
+
+
 def make_env(args, **kwargs):
     """The environment of --env-id with flat observations and actions in [-1, 1]; kwargs go to gymnasium.make."""
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # D4RL's tasks are -v4 on purpose
@@ -497,6 +509,7 @@ def make_env(args, **kwargs):
             import ogbench
 
             env = ogbench.make_env_and_datasets(args.env_id, env_only=True, success_timing="post", **kwargs)
+            env = SeedNumPy(env)
         elif source(args) == "minari":
             env = minari_dataset(args).recover_environment(eval_env=True, **kwargs)
         else:
@@ -920,7 +933,7 @@ def main(argv=None):
         signal.signal(number, lambda n, _: (interrupts.append(n), signal.signal(n, signal.SIG_DFL)))
     if args.resume:
         torch.set_rng_state(checkpoint["random"]["cpu"])
-        if device.type == "cuda":
+        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:  # None: saved on a CPU
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
     bar = tqdm(total=args.offline_steps, initial=agent.step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step = time.time(), agent.step

@@ -145,7 +145,7 @@ class Args:
     score: Literal["posterior", "gradient"] = "posterior"
     """posterior: Eq. (3), proposals within the action box; gradient: Eq. (10), the literal reading"""
     score_scale: float | None = None
-    """w: give the score this length, keeping its direction (the paper's 25); None leaves it as it is"""
+    """w: give the score this length, keeping its direction (the paper's 25, with --path vp); None: as it is"""
     path: Literal["vp", "linear"] = "linear"
     """Eq. (1): linear learned the bandits better; vp is the paper's"""
     beta_min: float = 0.1
@@ -177,7 +177,9 @@ def task_defaults(env_id):
 
 # ---------------------------------------------------------------- networks
 def mish(x):
-    """Mish, x tanh(log(1 + e^x)) = x n / (n + 2) with n = e^x (e^x + 2): one exponential, exact in float32."""
+    """Mish, x tanh(log(1 + e^x)); compiled as x n / (n + 2) with n = e^x (e^x + 2), which has one exponential."""
+    if not torch.compiler.is_compiling():
+        return F.mish(x)
     w = x.clamp(max=20).exp()
     n = w * (w + 2)
     return x * n / (n + 2)
@@ -334,10 +336,11 @@ def mean_flow_output_and_target(policy, critic, observations, actions, noise, t,
 def actor_loss(policy, critic, batch, draws, args):
     """L_actor, Eq. (6): a scalar."""
     noise, (t, r), own_noise = draws
-    own = int(args.policy_actions * len(noise))
-    with torch.no_grad():
-        actions = one_step_action(policy, batch["observations"][:own], own_noise[:own])
-        actions = torch.cat([actions, batch["actions"][own:]])
+    actions = batch["actions"]
+    if args.policy_actions > 0:
+        own = torch.rand_like(t) < args.policy_actions
+        with torch.no_grad():
+            actions = torch.where(own, one_step_action(policy, batch["observations"], own_noise), actions)
     u, u_tgt = mean_flow_output_and_target(policy, critic, batch["observations"], actions, noise, t, r, args)
     d = (u - u_tgt).square().mean(-1)  # (B,)
     weight = (d.detach() + args.adaptive_constant) ** -args.adaptive_power
@@ -355,7 +358,7 @@ class Agent(nn.Module):
         self.target_critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth, args.critic_form)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))  # only tells evaluate() the device
         self.to(device)
         adam = dict(lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
         self.actor_optimizer = torch.optim.Adam(self.policy.parameters(), **adam)
@@ -382,7 +385,8 @@ class Agent(nn.Module):
         l_actor.backward()
         self.actor_optimizer.step()
 
-        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
+        with torch.no_grad():  # else the target would carry the history of every update
+            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
         self.updates += 1
         return dict(critic=l_critic.detach(), actor=l_actor.detach())
 
@@ -401,6 +405,8 @@ class Agent(nn.Module):
     def load_training_state(self, state):
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            optimizer.param_groups[0]["lr"] = self.args.learning_rate  # may be given anew beside --resume
         self.updates = state["updates"]
 
 
@@ -444,8 +450,9 @@ def normalized_score(episodic_return, reference):
 
 
 # ---------------------------------------------------------------- recorded dataset
-def check_recordable(args, capacity):
-    """Raises BadInput, before anything is trained, for a --record-dataset that could not be written at the end."""
+def check_recordable(args, capacity, own):
+    """Raises BadInput, before anything is trained, for a --record-dataset that could not be written at the end. `own`
+    is the name that this run may have written before it was resumed."""
     try:
         import jax  # noqa: F401  Minari needs it to write
         from minari.dataset.minari_dataset import parse_dataset_id
@@ -457,10 +464,11 @@ def check_recordable(args, capacity):
         raise BadInput(f'--record-dataset: {error}; pip install "minari[create]"') from error
     except ValueError as error:
         raise BadInput(f"--record-dataset {args.record_dataset}: {error}") from error
-    if path.exists() and not args.resume:
+    if path.exists() and args.record_dataset != own:
         raise BadInput(f"--record-dataset {args.record_dataset}: {path} exists; delete it or give another name")
-    if capacity < args.total_timesteps:
-        raise BadInput(f"--record-dataset needs a --buffer-size of at least {args.total_timesteps}")
+    needed = -(-args.total_timesteps // args.num_envs) * args.num_envs  # whole steps of all environments
+    if capacity < needed:
+        raise BadInput(f"--record-dataset needs a --buffer-size of at least {needed}")
 
 
 def record_dataset(args, env, replay, ends, count):
@@ -676,10 +684,12 @@ def main(argv=None):
         print(json.dumps({"step": agent.step, "num_candidates": candidates, **metrics}))
         return 0
 
-    for key in ("seed", "num_envs", "buffer_size") if args.resume else ():
+    for key in ("seed", "num_envs", "utd", "learning_starts", "buffer_size") if args.resume else ():
         if getattr(args, key) != checkpoint["args"][key]:
             raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run: its unfinished episodes and "
                            "its replay buffer go on")
+    if args.num_proposals < 2 and args.q_normalization == "state":
+        raise BadInput("--num-proposals 1 has no spread to normalise by: take more, or --q-normalization none")
     capacity = min(args.buffer_size, max(args.total_timesteps, agent.step) + args.num_envs)
     replay = dict(observations=torch.zeros(capacity, obs_dim, device=device),
                   actions=torch.zeros(capacity, act_dim, device=device), rewards=torch.zeros(capacity, device=device),
@@ -687,7 +697,7 @@ def main(argv=None):
                   next_observations=torch.zeros(capacity, obs_dim, device=device))
     ends = np.zeros(capacity, dtype=bool)  # terminated or truncated, for --record-dataset
     if args.record_dataset:
-        check_recordable(args, capacity)
+        check_recordable(args, capacity, checkpoint["args"]["record_dataset"] if args.resume else None)
 
     def episode_seed(number):
         """Every episode has its own seed, so that a resumed run can play the unfinished ones again."""
@@ -710,8 +720,9 @@ def main(argv=None):
         for key, value in checkpoint["replay"].items():
             replay[key][:len(value)] = value.to(device)
         ends[:len(value)] = checkpoint["ends"].numpy()
+        del checkpoint["replay"], value  # as large as the buffer
         torch.set_rng_state(checkpoint["random"]["cpu"])
-        if device.type == "cuda":
+        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:  # None: saved on a CPU
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
 
     name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
@@ -759,16 +770,17 @@ def main(argv=None):
         else:
             actions = agent.act(torch.as_tensor(observations, dtype=torch.float32, device=device), args.num_candidates)
             actions = (actions + args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
-        next_observations, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+        played = actions.cpu()
+        next_observations, rewards, terminated, truncated, _ = envs.step(played.numpy())
         done = terminated | truncated
-        rows = np.arange(agent.step, agent.step + args.num_envs) % capacity
+        rows = torch.arange(agent.step, agent.step + args.num_envs, device=device) % capacity
         for key, value in (("observations", observations), ("actions", actions), ("rewards", rewards),
                            ("masks", 1.0 - terminated), ("next_observations", next_observations)):
             replay[key][rows] = torch.as_tensor(value, dtype=torch.float32, device=device)
-        ends[rows] = done
+        ends[np.arange(agent.step, agent.step + args.num_envs) % capacity] = done
         observations = next_observations
         for i in range(args.num_envs):
-            running["actions"][i].append(actions[i].cpu())
+            running["actions"][i].append(played[i])
             running["total"][i] += float(rewards[i])
         agent.step += args.num_envs
         bar.update(args.num_envs)
@@ -805,7 +817,8 @@ def main(argv=None):
             state = dict(script=SCRIPT, args=asdict(args), step=agent.step, agent=agent.state_dict())
             save(state, run_dir / "policy.pt")
             cuda_state = torch.cuda.get_rng_state() if device.type == "cuda" else None
-            save(dict(state, training=agent.training_state(), log_offset=log.file.tell(), replay=filled,
+            save(dict(state, training=agent.training_state(), log_offset=log.file.tell(),
+                      replay={key: value.to("cpu", copy=True) for key, value in filled.items()},
                       ends=torch.as_tensor(ends[:agent.step]), running=running,
                       observations=torch.as_tensor(observations),
                       random=dict(cpu=torch.get_rng_state(), cuda=cuda_state)), run_dir / "checkpoint.pt")

@@ -579,6 +579,37 @@ def test_flags_beside_resume_override(m, run, capsys):
     assert f"{flag} instead of the checkpoint's {old}" in capsys.readouterr().out.splitlines()
 
 
+def test_copies_of_networks_carry_no_history(m):
+    """A target that moves with gradients on would keep the graph of every update, and all the memory in the end."""
+    agent = m.Agent(3, 1, m.Args(policy_width=16, critic_width=16, ema_start=0) if m.SCRIPT == "ofql_offline"
+                    else m.Args(policy_width=16, critic_width=16), torch.device("cpu"))
+    batch = dict(observations=torch.randn(8, 3), next_observations=torch.randn(8, 3), actions=torch.zeros(8, 1),
+                 rewards=torch.randn(8), masks=torch.ones(8))
+    before = agent.target_critic.weights[0].clone()
+    for _ in range(5):
+        agent.update(batch)
+    assert not torch.equal(before, agent.target_critic.weights[0])
+    copies = [agent.target_critic, *([agent.ema_policy] if m.SCRIPT == "ofql_offline" else [])]
+    assert not any(p.requires_grad or p.grad_fn for network in copies for p in network.parameters())
+
+
+def test_learning_rate_beside_resume(m, run):
+    """It must not only be announced: the optimiser's own state holds the former one."""
+    flag = "--critic-learning-rate" if m.SCRIPT.startswith("mfql") else "--learning-rate"
+    longer = "--online-steps 10" if m.SCRIPT == "mfql_offline_to_online" else budget(m.SCRIPT, 26)
+    assert m.main(["--resume", str(run), *longer.split(), flag, "0"]) == 0
+    assert float(result(run)["training"]["critic_optimizer"]["param_groups"][0]["lr"]) == 0
+
+
+def test_alpha_beside_resume(m, run):
+    """The checkpoint's own alpha is part of its state."""
+    if not m.SCRIPT.startswith("mfql"):
+        pytest.skip("alpha is no state there")
+    longer = "--online-steps 10" if m.SCRIPT == "mfql_offline_to_online" else budget(m.SCRIPT, 26)
+    assert m.main(["--resume", str(run), *longer.split(), "--alpha", "7"]) == 0
+    assert result(run)["agent"]["alpha"] == 7
+
+
 # ---------------------------------------------------------------- checkpoints that cannot be used
 def other_script(path):
     torch.save(dict(torch.load(path, weights_only=True), script="another_script"), path)

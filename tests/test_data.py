@@ -750,6 +750,7 @@ def write_ogbench(folder, rows):
 def test_ogbench_success_is_judged_after_the_step(cube_env):
     """OGBench 1.2 judges single tasks before the step unless told otherwise; the published scores are 'post'."""
     assert cube_env.unwrapped._success_timing == "post"
+    assert "SeedNumPy" in str(cube_env)
 
 
 def test_ogbench_rows_rewards_and_masks(cube_env, cube_rows, made_once, tmp_path):
@@ -831,3 +832,18 @@ def test_real_ogbench_file(cube_env):
     assert len(data["rewards"]) == 150_000 and len(returns) == 150  # 1001 rows each, the last without a successor
     assert set(np.unique(data["masks"])) == {0, 1} and set(np.unique(data["rewards"])) == {-1, 0}
     np.testing.assert_array_equal(data["rewards"], -data["masks"])  # at the goal: reward 0 and no bootstrapping
+
+
+def test_numpy_seed_wrapper():
+    """Episodes that draw from NumPy's global generator, as OGBench's mazes, repeat with their seed."""
+    class Maze(gym.Env):
+        observation_space = action_space = gym.spaces.Box(0, 1, (2,))
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.random.random(2).astype(np.float32), {}
+
+    env = m.SeedNumPy(Maze())
+    first, again, other = (env.reset(seed=seed)[0] for seed in (5, 5, 6))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert not np.array_equal(env.reset()[0], env.reset()[0])

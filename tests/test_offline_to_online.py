@@ -280,6 +280,17 @@ def test_from_checkpoint_equals_both_phases(data, tmp_path):
     assert metrics(online) == later[1:]  # the first are the losses of the last offline step
 
 
+def test_from_checkpoint_with_another_seed(data, tmp_path):
+    """Other batches and other noise, not only other episodes; and another alpha is taken."""
+    offline = train(mfql_offline, data, tmp_path / "offline")
+    for seed in ("1", "2"):
+        flags = ["--from-checkpoint", str(offline), "--online-steps", "1", "--seed", seed, "--alpha", "7"]
+        assert m.main([*flags, "--runs-dir", str(tmp_path / seed)]) == 0
+    one, two = (checkpoint(next((tmp_path / seed).iterdir())) for seed in ("1", "2"))
+    assert not torch.equal(one["random"]["cpu"], two["random"]["cpu"])
+    assert one["agent"]["alpha"] == 7
+
+
 @pytest.mark.parametrize("more, reason", [
     (["--env-id", "Pendulum-v1"], "env-id"),
     (["--critic-width", "24"], "does not fit"),

@@ -220,6 +220,8 @@ class Images(gym.Env):
     (["--record-dataset", "no id"], "no id"),
     (["--record-dataset", "local/x-v0", "--buffer-size", "100"], "--buffer-size"),
     (["--num-envs", "0"], "at least 1"),
+    (["--num-proposals", "1"], "no spread"),
+    (["--record-dataset", "local/x-v0", "--num-envs", "4", "--buffer-size", "391"], "at least 392"),
 ])
 def test_refusals(tmp_path, monkeypatch, flags, reason):
     """One line, before anything is written."""
