@@ -274,3 +274,21 @@ def test_metrics_stay_json_when_the_policy_is_not_finite(tmp_path, monkeypatch):
     run = train(tmp_path, "--total-timesteps", "690", "--log-interval", "600", "--eval-interval", "500", code=3)
     for line in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
+
+
+def test_resuming_never_overwrites_a_dataset_of_another_run(tmp_path, monkeypatch):
+    """Only the name that the run itself was given may be written again."""
+    pytest.importorskip("jax", reason="Minari needs it to write: pip install minari[create]")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    foreign = tmp_path / "minari" / "local" / "foreign-v0"
+    foreign.mkdir(parents=True)
+    (foreign / "data").write_text("precious")
+    run = train(tmp_path / "runs", "--record-dataset", "local/own-v0")
+    more = ["--resume", str(run), "--total-timesteps", "450"]
+    with pytest.raises(m.BadInput, match="exists"):
+        m.main([*more, "--record-dataset", "local/foreign-v0"])
+    assert (foreign / "data").read_text() == "precious"
+    assert m.main([*more, "--buffer-size", "1000000"]) == 0  # its own is written again, longer
+    import minari
+
+    assert minari.load_dataset("local/own-v0").total_steps == 450
