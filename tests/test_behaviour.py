@@ -101,7 +101,7 @@ def write_data(path, seed=0, rows=400):
 def budget(script, updates):
     """The flags for a run of so many gradient steps; mfql_offline_to_online goes online after 16, or after 3 of 4."""
     if script == "mfql_offline_to_online":
-        offline = max(1, min(16, updates - 1))
+        offline = updates if updates < 2 else min(16, updates - 1)
         return f"--offline-steps {offline} --online-steps {updates - offline}"
     return f"--{'offline-steps' if script in OFFLINE else 'total-timesteps'} {STRIDE[script] * updates}"
 
