@@ -78,6 +78,10 @@ class Args:
     """train on the first CUDA GPU if there is one, else on the CPU (says so in one line)"""
     compile: bool = False
     """compile the losses with torch.compile: faster after about half a minute (needs a C++ compiler on the CPU)"""
+    cuda_graph: bool = True
+    """on a GPU, replay gradient steps as one CUDA graph instead of launching each of their operations"""
+    tf32: bool = False
+    """on a GPU, round the factors of matrix products to TF32's 10 bits: faster, results differ slightly"""
     torch_deterministic: bool = True
     """refuse operations that are not deterministic, so that equal seeds give equal numbers on one machine"""
     track: bool = False
@@ -381,30 +385,28 @@ def losses(policy, critic, target_critic, batch, draws, alpha, args):
 
 
 def actor_learning_rate(step, args):
-    """Step size of gradient step number `step` (from 0): linear from 0, then a cosine to a tenth, then constant."""
+    """Step size of gradient step number `step` (from 0), tensors: linear from 0, a cosine to a tenth, then that."""
     warmup = int(0.05 * args.offline_steps)
-    if step < warmup:
-        return args.actor_learning_rate * step / warmup
-    progress = min((step - warmup) / max(args.offline_steps - warmup, 1), 1.0)
-    return args.actor_learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    progress = ((step - warmup) / max(args.offline_steps - warmup, 1)).clamp(0, 1)
+    cosine = 0.1 + 0.9 * 0.5 * (1 + torch.cos(math.pi * progress))
+    return args.actor_learning_rate * torch.where(step < warmup, step / max(warmup, 1), cosine)
 
 
 def next_alpha(alpha, history, l_mfi, step, args):
-    """alpha after gradient step number `step`; `history` is the window of the last 20 checked losses."""
+    """alpha and the window after gradient step number `step` (from 1), all tensors; `history` is the window of the
+    last 20 checked losses, -1 where there is none yet."""
     if args.alpha_schedule == "cosine":
-        return args.alpha * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(step / args.offline_steps, 1.0))))
-    if args.alpha_schedule == "constant" or step % 2000 != 0:
-        return alpha
-    l_mfi = float(l_mfi)  # the only time that training waits for the device
-    if len(history) >= 2 and step >= int(0.1 * args.offline_steps):
-        average = sum(history) / len(history)
-        if l_mfi > 5 * average:
-            alpha = min(1.2 * alpha, 10 * args.alpha)  # Eq. (9)
-        elif l_mfi < average / 5:
-            alpha = max(0.8 * alpha, 0.1 * args.alpha)  # Eq. (9)
-    history.append(l_mfi)
-    del history[:-20]
-    return alpha
+        progress = (step / args.offline_steps).clamp(max=1)
+        return args.alpha * (0.1 + 0.9 * 0.5 * (1 + torch.cos(math.pi * progress))), history
+    if args.alpha_schedule == "constant":
+        return alpha, history
+    check, seen = step % 2000 == 0, history >= 0
+    average = torch.where(seen, history, 0).sum() / seen.sum()
+    ready = check & (step >= int(0.1 * args.offline_steps)) & (seen.sum() >= 2)
+    raised, lowered = (1.2 * alpha).clamp(max=10 * args.alpha), (0.8 * alpha).clamp(min=0.1 * args.alpha)
+    alpha = torch.where(ready & (l_mfi > 5 * average), raised, alpha)  # Eq. (9)
+    alpha = torch.where(ready & (l_mfi < average / 5), lowered, alpha)  # Eq. (9)
+    return alpha, torch.where(check, torch.cat([history[1:], l_mfi.reshape(1)]), history)
 
 
 class Agent(nn.Module):
@@ -412,13 +414,15 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, act_dim, args, device):
         super().__init__()
-        self.args, self.step, self.alpha_history = args, 0, []
+        self.args, self.step = args, 0  # gradient steps; `updates` counts them on the device, for the schedules
         self.policy = Policy(obs_dim, act_dim, args.policy_width, args.policy_depth)
         self.critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth)
         self.target_critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("alpha", torch.tensor(float(args.alpha)))
+        self.register_buffer("alpha_history", torch.full((20,), -1.0))
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.to(device)
@@ -442,13 +446,15 @@ class Agent(nn.Module):
         total.backward()
         nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
         nn.utils.clip_grad_norm_(self.critic.parameters(), args.max_grad_norm)
-        self.actor_optimizer.param_groups[0]["lr"].fill_(actor_learning_rate(self.step, args))
+        self.actor_optimizer.param_groups[0]["lr"].copy_(actor_learning_rate(self.updates, args))
         self.actor_optimizer.step()
         self.critic_optimizer.step()
         with torch.no_grad():  # else the target would carry the history of every update
             torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
-        self.step += 1
-        self.alpha.fill_(next_alpha(self.alpha, self.alpha_history, parts["mean_flow"], self.step, args))
+        self.updates += 1
+        alpha, history = next_alpha(self.alpha, self.alpha_history, parts["mean_flow"], self.updates, args)
+        self.alpha.copy_(alpha)
+        self.alpha_history.copy_(history)
         return parts
 
     @torch.no_grad()
@@ -466,14 +472,13 @@ class Agent(nn.Module):
 
     def training_state(self):
         """What continuing needs besides `state_dict()`."""
-        return dict(actor_optimizer=self.actor_optimizer.state_dict(), alpha_history=self.alpha_history,
+        return dict(actor_optimizer=self.actor_optimizer.state_dict(),
                     critic_optimizer=self.critic_optimizer.state_dict())
 
     def load_training_state(self, state):
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.critic_optimizer.param_groups[0]["lr"] = self.args.critic_learning_rate  # may be given anew
-        self.alpha_history = list(state["alpha_history"])
 
 
 # ---------------------------------------------------------------- data
@@ -761,11 +766,33 @@ def reward_scale_and_shift(args, rewards, returns):
 
 
 # ---------------------------------------------------------------- replay
-def sample(replay, batch_size):
-    """A uniform batch, with replacement, drawn where the replay tensors live."""
-    rewards = replay["rewards"]
-    index = torch.randint(len(rewards), (batch_size,), device=rewards.device)
+def sample(replay, batch_size, first=0, end=None):
+    """A uniform batch, with replacement, of the rows first .. end - 1, drawn where the replay tensors live; `end` may
+    be a scalar of the device, so that it can grow under a captured graph."""
+    end = len(replay["rewards"]) if end is None else end
+    index = first + torch.randint(2**62, (batch_size,), device=replay["rewards"].device) % (end - first)
     return {key: value[index] for key, value in replay.items()}
+
+
+UPDATES_PER_REPLAY = 10
+
+
+def capture(update, count):
+    """`count` calls of `update` as one CUDA graph, launched at once instead of operation by operation.
+
+    Returns a function that replays them and returns the last losses. `update` must have run before, must read its
+    state from tensors alone, and may not wait for the device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            parts = update()
+
+    def replay():
+        graph.replay()
+        return parts
+
+    return replay
 
 
 # ---------------------------------------------------------------- evaluation
@@ -909,9 +936,13 @@ def main(argv=None):
     args, checkpoint_path, checkpoint = parse_args(argv)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA needs it for --torch-deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("no CUDA device: running on the CPU")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # what a graph captures may not have begun on the default stream
     env, reference = make_env(args), reference_scores(args)
     torch.manual_seed(args.seed)
     agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args, device)
@@ -988,14 +1019,26 @@ def main(argv=None):
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
     bar = tqdm(total=args.offline_steps, initial=agent.step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step = time.time(), agent.step
+    graphs, graphs_from, replay_updates = args.cuda_graph and device.type == "cuda", agent.step + 3, None
     stop = False
+
+    def update():
+        return agent.update(sample(replay, args.batch_size))
+
     while agent.step < args.offline_steps and not stop:
         if agent.step and agent.step % args.eval_interval == 0:  # after the checkpoint, so that resuming repeats it
             paused = time.time()
             evaluate_and_log("eval/", candidates)
             clock += time.time() - paused
-        parts = agent.update(sample(replay, args.batch_size))
-        bar.update()
+        intervals = args.log_interval, args.eval_interval, args.checkpoint_interval
+        until_due = min(args.offline_steps - agent.step, *(n - agent.step % n for n in intervals))
+        if graphs and agent.step >= graphs_from and until_due >= UPDATES_PER_REPLAY:
+            replay_updates = replay_updates or capture(update, UPDATES_PER_REPLAY)
+            parts, count = replay_updates(), UPDATES_PER_REPLAY
+        else:
+            parts, count = update(), 1
+        agent.step += count
+        bar.update(count)
         stop = agent.step == args.offline_steps or bool(interrupts)
         log_due, save_due = agent.step % args.log_interval == 0, agent.step % args.checkpoint_interval == 0 or stop
         if log_due or save_due or agent.step % args.eval_interval == 0:  # else losses stay on the device

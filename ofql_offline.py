@@ -77,6 +77,10 @@ class Args:
     """train on the first CUDA GPU if there is one, else on the CPU (says so in one line)"""
     compile: bool = False
     """compile the losses with torch.compile: faster after about half a minute (needs a C++ compiler on the CPU)"""
+    cuda_graph: bool = True
+    """on a GPU, replay gradient steps as one CUDA graph instead of launching each of their operations"""
+    tf32: bool = False
+    """on a GPU, round the factors of matrix products to TF32's 10 bits: faster, results differ slightly"""
     torch_deterministic: bool = True
     """refuse operations that are not deterministic, so that equal seeds give equal numbers on one machine"""
     track: bool = False
@@ -332,10 +336,19 @@ def actor_loss(policy, critic, batch, draws, args):
 
 
 def learning_rate(step, args):
-    """Step size of gradient step number `step` (from 0)."""
+    """Step size of gradient step number `step` (from 0), a tensor."""
     if args.learning_rate_schedule == "constant":
-        return args.learning_rate
-    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * min(step / args.offline_steps, 1.0)))
+        return torch.full_like(step, args.learning_rate, dtype=torch.float32)
+    return args.learning_rate * 0.5 * (1 + torch.cos(math.pi * (step / args.offline_steps).clamp(max=1)))
+
+
+@torch.no_grad()  # else the copies would carry the history of every update
+def move(target, source, weight):
+    """target += weight (source - target), parameter by parameter; weight: a scalar of the device."""
+    targets, sources = list(target.parameters()), list(source.parameters())
+    steps = torch._foreach_sub(sources, targets)
+    torch._foreach_mul_(steps, weight)
+    torch._foreach_add_(targets, steps)
 
 
 class Agent(nn.Module):
@@ -343,7 +356,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, act_dim, args, device):
         super().__init__()
-        self.args, self.step = args, 0
+        self.args, self.step = args, 0  # gradient steps; `updates` counts them on the device, for the schedules
         self.policy = Policy(obs_dim, act_dim, args.policy_width, args.policy_depth)
         self.ema_policy = Policy(obs_dim, act_dim, args.policy_width, args.policy_depth)
         self.ema_policy.load_state_dict(self.policy.state_dict())
@@ -352,6 +365,7 @@ class Agent(nn.Module):
         self.target_critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth, args.critic_form)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.to(device)
@@ -373,7 +387,7 @@ class Agent(nn.Module):
             torch.rand((), device=device) < 0.5,  # which critic is i in Eq. (7)
         )
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
-            optimizer.param_groups[0]["lr"].fill_(learning_rate(self.step, args))
+            optimizer.param_groups[0]["lr"].copy_(learning_rate(self.updates, args))
 
         target_policy = self.ema_policy if args.target_policy == "ema" else self.policy
         l_critic = self.critic_loss(target_policy, self.critic, self.target_critic, batch, next_noise, args)
@@ -390,12 +404,11 @@ class Agent(nn.Module):
             nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
         self.actor_optimizer.step()
 
-        self.step += 1
-        with torch.no_grad():  # else the copies would carry the history of every update
-            if self.step % args.target_interval == 0:
-                torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
-            if self.step % 5 == 0 and self.step >= args.ema_start:
-                torch._foreach_lerp_(list(self.ema_policy.parameters()), list(self.policy.parameters()), args.ema_rate)
+        self.updates += 1
+        target_due = self.updates % args.target_interval == 0
+        ema_due = (self.updates % 5 == 0) & (self.updates >= args.ema_start)
+        move(self.target_critic, self.critic, args.tau * target_due)
+        move(self.ema_policy, self.policy, args.ema_rate * ema_due)
         return dict(critic=l_critic.detach(), **parts)
 
     @torch.no_grad()
@@ -712,11 +725,33 @@ def reward_scale_and_shift(args, rewards, returns):
 
 
 # ---------------------------------------------------------------- replay
-def sample(replay, batch_size):
-    """A uniform batch, with replacement, drawn where the replay tensors live."""
-    rewards = replay["rewards"]
-    index = torch.randint(len(rewards), (batch_size,), device=rewards.device)
+def sample(replay, batch_size, first=0, end=None):
+    """A uniform batch, with replacement, of the rows first .. end - 1, drawn where the replay tensors live; `end` may
+    be a scalar of the device, so that it can grow under a captured graph."""
+    end = len(replay["rewards"]) if end is None else end
+    index = first + torch.randint(2**62, (batch_size,), device=replay["rewards"].device) % (end - first)
     return {key: value[index] for key, value in replay.items()}
+
+
+UPDATES_PER_REPLAY = 10
+
+
+def capture(update, count):
+    """`count` calls of `update` as one CUDA graph, launched at once instead of operation by operation.
+
+    Returns a function that replays them and returns the last losses. `update` must have run before, must read its
+    state from tensors alone, and may not wait for the device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            parts = update()
+
+    def replay():
+        graph.replay()
+        return parts
+
+    return replay
 
 
 # ---------------------------------------------------------------- evaluation
@@ -860,9 +895,13 @@ def main(argv=None):
     args, checkpoint_path, checkpoint = parse_args(argv)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA needs it for --torch-deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("no CUDA device: running on the CPU")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # what a graph captures may not have begun on the default stream
     env, reference = make_env(args), reference_scores(args)
     torch.manual_seed(args.seed)
     agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args, device)
@@ -937,14 +976,26 @@ def main(argv=None):
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
     bar = tqdm(total=args.offline_steps, initial=agent.step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step = time.time(), agent.step
+    graphs, graphs_from, replay_updates = args.cuda_graph and device.type == "cuda", agent.step + 3, None
     stop = False
+
+    def update():
+        return agent.update(sample(replay, args.batch_size))
+
     while agent.step < args.offline_steps and not stop:
         if agent.step and agent.step % args.eval_interval == 0:  # after the checkpoint, so that resuming repeats it
             paused = time.time()
             evaluate_and_log("eval/", candidates)
             clock += time.time() - paused
-        parts = agent.update(sample(replay, args.batch_size))
-        bar.update()
+        intervals = args.log_interval, args.eval_interval, args.checkpoint_interval
+        until_due = min(args.offline_steps - agent.step, *(n - agent.step % n for n in intervals))
+        if graphs and agent.step >= graphs_from and until_due >= UPDATES_PER_REPLAY:
+            replay_updates = replay_updates or capture(update, UPDATES_PER_REPLAY)
+            parts, count = replay_updates(), UPDATES_PER_REPLAY
+        else:
+            parts, count = update(), 1
+        agent.step += count
+        bar.update(count)
         stop = agent.step == args.offline_steps or bool(interrupts)
         log_due, save_due = agent.step % args.log_interval == 0, agent.step % args.checkpoint_interval == 0 or stop
         if log_due or save_due or agent.step % args.eval_interval == 0:  # else losses stay on the device

@@ -72,6 +72,10 @@ class Args:
     """train on the first CUDA GPU if there is one, else on the CPU (says so in one line)"""
     compile: bool = False
     """compile the losses with torch.compile: faster after about half a minute (needs a C++ compiler on the CPU)"""
+    cuda_graph: bool = True
+    """on a GPU, replay gradient steps as one CUDA graph instead of launching each of their operations"""
+    tf32: bool = False
+    """on a GPU, round the factors of matrix products to TF32's 10 bits: faster, results differ slightly"""
     torch_deterministic: bool = True
     """refuse operations that are not deterministic, so that equal seeds give equal numbers on one machine"""
     track: bool = False
@@ -387,7 +391,6 @@ class Agent(nn.Module):
 
         with torch.no_grad():  # else the target would carry the history of every update
             torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
-        self.updates += 1
         return dict(critic=l_critic.detach(), actor=l_actor.detach())
 
     @torch.no_grad()
@@ -513,11 +516,30 @@ def record_dataset(args, env, replay, ends, count):
 
 
 # ---------------------------------------------------------------- replay
-def sample(replay, batch_size):
-    """A uniform batch, with replacement, drawn where the replay tensors live."""
-    rewards = replay["rewards"]
-    index = torch.randint(len(rewards), (batch_size,), device=rewards.device)
+def sample(replay, batch_size, first=0, end=None):
+    """A uniform batch, with replacement, of the rows first .. end - 1, drawn where the replay tensors live; `end` may
+    be a scalar of the device, so that it can grow under a captured graph."""
+    end = len(replay["rewards"]) if end is None else end
+    index = first + torch.randint(2**62, (batch_size,), device=replay["rewards"].device) % (end - first)
     return {key: value[index] for key, value in replay.items()}
+
+
+def capture(update, count):
+    """`count` calls of `update` as one CUDA graph, launched at once instead of operation by operation.
+
+    Returns a function that replays them and returns the last losses. `update` must have run before, must read its
+    state from tensors alone, and may not wait for the device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            parts = update()
+
+    def replay():
+        graph.replay()
+        return parts
+
+    return replay
 
 
 # ---------------------------------------------------------------- evaluation
@@ -661,9 +683,13 @@ def main(argv=None):
     args, checkpoint_path, checkpoint = parse_args(argv)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA needs it for --torch-deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("no CUDA device: running on the CPU")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # what a graph captures may not have begun on the default stream
     env = make_env(args)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     torch.manual_seed(args.seed)
@@ -755,7 +781,13 @@ def main(argv=None):
     bar = tqdm(total=args.total_timesteps, initial=agent.step, unit="step",
                mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step, clock_updates = time.time(), agent.step, agent.updates
-    parts, stop = {}, False
+    burst = max(round(args.utd * args.num_envs), 1)  # gradient steps per step of all environments
+    graphs, graphs_from, replay_updates = args.cuda_graph and device.type == "cuda", agent.updates + 3, None
+    parts, stop, filled = {}, False, torch.tensor(0, device=device)
+
+    def update():
+        return agent.update(sample(replay, args.batch_size, 0, filled))
+
     while agent.step < args.total_timesteps and not stop:
         def due(interval):
             """Whether the last step of all environments reached a multiple of `interval`."""
@@ -794,9 +826,15 @@ def main(argv=None):
             observations, _ = envs.reset(seed=[episode_seed(number) for number in running["number"]],
                                          options={"reset_mask": done})
 
-        filled = {key: value[:agent.step] for key, value in replay.items()}
-        while agent.updates < args.utd * (agent.step - args.learning_starts):
-            parts = agent.update(sample(filled, args.batch_size))
+        filled.fill_(min(agent.step, capacity))
+        while (left := math.ceil(args.utd * (agent.step - args.learning_starts)) - agent.updates) > 0:
+            if graphs and left >= burst and agent.updates >= graphs_from:
+                replay_updates = replay_updates or capture(update, burst)
+                parts = replay_updates()
+                agent.updates += burst
+            else:
+                parts = update()
+                agent.updates += 1
 
         stop = agent.step >= args.total_timesteps or bool(interrupts)
         save_due = due(args.checkpoint_interval) or stop
@@ -818,7 +856,7 @@ def main(argv=None):
             save(state, run_dir / "policy.pt")
             cuda_state = torch.cuda.get_rng_state() if device.type == "cuda" else None
             save(dict(state, training=agent.training_state(), log_offset=log.file.tell(),
-                      replay={key: value.to("cpu", copy=True) for key, value in filled.items()},
+                      replay={key: value[:agent.step].to("cpu", copy=True) for key, value in replay.items()},
                       ends=torch.as_tensor(ends[:agent.step]), running=running,
                       observations=torch.as_tensor(observations),
                       random=dict(cpu=torch.get_rng_state(), cuda=cuda_state)), run_dir / "checkpoint.pt")

@@ -493,27 +493,38 @@ def test_sample_time_discrete_and_continuous():
 def test_actor_learning_rate_table(step, rate):
     """The authors' schedule, measured in their code."""
     args = m.Args(actor_learning_rate=1e-4, offline_steps=1_000_000)
-    assert m.actor_learning_rate(step, args) == pytest.approx(rate, rel=1e-4, abs=1e-12)
+    assert m.actor_learning_rate(torch.tensor(step), args).item() == pytest.approx(rate, rel=1e-4, abs=1e-12)
 
 
 def test_actor_learning_rate_of_a_very_short_run():
     """No division by zero where 5 % of the run are less than one step."""
     args = m.Args(actor_learning_rate=1e-4, offline_steps=1)
-    assert [m.actor_learning_rate(step, args) for step in (0, 1)] == pytest.approx([1e-4, 1e-5])
+    rates = [m.actor_learning_rate(torch.tensor(step), args).item() for step in (0, 1)]
+    assert rates == pytest.approx([1e-4, 1e-5])
 
 
-def adaptive_alpha(losses, args, alpha=10.0, history=()):
-    """alpha after each of the checks at 2000, 4000, ... that see these losses; and the window."""
-    alphas, history = [], list(history)
+def window(*values):
+    """The window of the last 20 losses, as the agent keeps it."""
+    return torch.tensor([-1.0] * (20 - len(values)) + list(values))
+
+
+def next_alpha(history, loss, step, args, alpha=10.0):
+    """alpha after a step, as a number."""
+    return m.next_alpha(torch.tensor(alpha), window(*history), torch.tensor(loss), torch.tensor(step), args)[0].item()
+
+
+def adaptive_alpha(losses, args):
+    """alpha after each of the checks at 2000, 4000, ... that see these losses; and the window's values."""
+    alphas, alpha, history = [], torch.tensor(10.0), window()
     for i, loss in enumerate(losses):
-        alpha = m.next_alpha(alpha, history, torch.tensor(loss), 2000 * (i + 1), args)
-        alphas.append(alpha)
-    return alphas, history
+        alpha, history = m.next_alpha(alpha, history, torch.tensor(loss), torch.tensor(2000 * (i + 1)), args)
+        alphas.append(alpha.item())
+    return alphas, history[history >= 0].tolist()
 
 
 def test_alpha_rises_and_falls_at_a_factor_of_five():
     args = m.Args(alpha=10.0, offline_steps=2000)
-    alpha = lambda loss: m.next_alpha(10.0, [1.0, 1.0], torch.tensor(loss), 4000, args)
+    alpha = lambda loss: next_alpha([1.0, 1.0], loss, 4000, args)
     assert alpha(5.01) == pytest.approx(12.0) and alpha(4.99) == 10.0
     assert alpha(0.199) == pytest.approx(8.0) and alpha(0.201) == 10.0
 
@@ -531,13 +542,13 @@ def test_alpha_stays_within_a_tenth_and_ten_times_its_start():
 def test_alpha_changes_only_every_2000_steps_and_after_a_tenth_of_the_run():
     args = m.Args(alpha=10.0, offline_steps=1_000_000)
     for step in (98_000, 100_001, 101_000, 101_999):
-        assert m.next_alpha(10.0, [1.0, 1.0, 1.0], torch.tensor(99.0), step, args) == 10.0, step
+        assert next_alpha([1.0, 1.0, 1.0], 99.0, step, args) == 10.0, step
     for step in (100_000, 102_000, 1_500_000):
-        assert m.next_alpha(10.0, [1.0, 1.0, 1.0], torch.tensor(99.0), step, args) == pytest.approx(12.0), step
-    history = []
+        assert next_alpha([1.0, 1.0, 1.0], 99.0, step, args) == pytest.approx(12.0), step
+    alpha, history = torch.tensor(10.0), window()
     for step in range(1, 10_001):
-        m.next_alpha(10.0, history, torch.tensor(float(step)), step, args)
-    assert history == [2000.0, 4000.0, 6000.0, 8000.0, 10_000.0], "the warm-up fills the window too"
+        alpha, history = m.next_alpha(alpha, history, torch.tensor(float(step)), torch.tensor(step), args)
+    assert (history == window(2000, 4000, 6000, 8000, 10_000)).all(), "the warm-up fills the window too"
 
 
 def test_alpha_averages_the_stored_values_only():
@@ -560,9 +571,9 @@ def test_alpha_window_holds_the_last_20_values():
 
 def test_alpha_constant_and_cosine():
     constant = m.Args(alpha=10.0, offline_steps=2000, alpha_schedule="constant")
-    assert m.next_alpha(10.0, [1.0, 1.0], torch.tensor(99.0), 4000, constant) == 10.0
+    assert next_alpha([1.0, 1.0], 99.0, 4000, constant) == 10.0
     cosine = m.Args(alpha=10.0, offline_steps=1000, alpha_schedule="cosine")
-    values = [m.next_alpha(0.0, [], None, step, cosine) for step in (0, 250, 500, 1000, 1500)]
+    values = [next_alpha([], 0.0, step, cosine, alpha=0.0) for step in (0, 250, 500, 1000, 1500)]
     assert values == pytest.approx([10.0, 1 + 9 * (1 + 0.5**0.5) / 2, 5.5, 1.0, 1.0])
 
 
@@ -590,7 +601,7 @@ def test_first_update_moves_the_critics_but_not_the_policy():
     policy, critic, target = copies(agent.policy), copies(agent.critic), copies(agent.target_critic)
     assert all((c == t).all() for c, t in zip(critic, target))
     agent.update(float_batch())
-    assert agent.step == 1
+    assert agent.updates == 1
     assert all((old == new).all() for old, new in zip(policy, agent.policy.parameters()))
     assert all((old != new).any() for old, new in zip(critic, agent.critic.parameters()))
     for old, new, ours in zip(target, agent.critic.parameters(), agent.target_critic.parameters()):
@@ -642,12 +653,13 @@ def test_update_uses_the_number_of_candidates_of_the_target_flag():
 
 def test_update_applies_alphas_rule_to_the_loss_of_the_step():
     agent = make_agent(alpha_schedule="adaptive", alpha=10.0)
-    agent.step, agent.alpha_history = 1998, [1e-9, 1e-9]
+    agent.updates.fill_(1998)
+    agent.alpha_history.copy_(window(1e-9, 1e-9))
     agent.update(float_batch())
     assert agent.alpha.item() == 10.0
     parts = agent.update(float_batch())
     assert agent.alpha.item() == pytest.approx(12.0)
-    assert agent.alpha_history == pytest.approx([1e-9, 1e-9, parts["mean_flow"].item()])
+    assert (agent.alpha_history == window(1e-9, 1e-9, parts["mean_flow"].item())).all()
 
 
 def test_act_normalises_observations_and_draws_from_its_own_generator():

@@ -189,20 +189,25 @@ def test_full_buffer(data, tmp_path):
 def test_actor_learning_rate_online():
     """Constant: a tenth of the peak, or the flag's."""
     args = m.Args(offline_steps=100, actor_learning_rate=1e-4)
-    assert m.actor_learning_rate(100, args) == m.actor_learning_rate(900, args) == pytest.approx(1e-5)
+    rate = lambda step: m.actor_learning_rate(torch.tensor(step), args).item()
+    assert rate(100) == rate(900) == pytest.approx(1e-5)
     args.online_actor_learning_rate = 3e-4
-    assert m.actor_learning_rate(100, args) == 3e-4 and m.actor_learning_rate(99, args) == pytest.approx(1e-5, rel=0.1)
+    assert rate(100) == rate(900) == pytest.approx(3e-4) and rate(99) == pytest.approx(1e-5, rel=0.1)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_online_alpha_moves_on_a_straight_line(steps):
-    args, alpha = m.Args(offline_steps=100, alpha=10.0, online_alpha=2.0, online_alpha_steps=steps), torch.tensor(10.0)
-    assert m.next_alpha(alpha, [], torch.tensor(1.0), 100, args) == 10  # the last offline step
-    values = []
-    for step in range(101, 107):
-        alpha = torch.as_tensor(m.next_alpha(alpha, [], torch.tensor(1.0), step, args))
-        values.append(alpha.item())
-    assert values == pytest.approx([max(10 - 8 * k / steps, 2) for k in range(1, 7)])
+    args = m.Args(offline_steps=100, alpha=10.0, online_alpha=2.0, online_alpha_steps=steps, policy_width=8,
+                  policy_depth=1, critic_width=8, critic_depth=1)
+    agent, values = m.Agent(3, 2, args, torch.device("cpu")), []
+    agent.updates.fill_(99)
+    batch = dict(observations=torch.zeros(4, 3), actions=torch.zeros(4, 2), rewards=torch.zeros(4),
+                 masks=torch.ones(4), next_observations=torch.zeros(4, 3))
+    for _ in range(7):
+        agent.update(batch)
+        values.append(agent.alpha.item())
+    assert values[0] == 10, "the last offline step"
+    assert values[1:] == pytest.approx([max(10 - 8 * k / steps, 2) for k in range(1, 7)])
 
 
 # ---------------------------------------------------------------- resuming and starting from an offline run

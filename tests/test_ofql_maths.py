@@ -667,7 +667,7 @@ def test_learning_rate(schedule, shape):
     """Of a run of 100 steps: the full rate at step 0, and with cosine next to nothing at the last step, 99."""
     agent = make_agent(learning_rate_schedule=schedule, learning_rate=0.002)
     for step, factor in shape.items():
-        agent.step = step
+        agent.updates.fill_(step)
         agent.update(float_batch())
         assert learning_rates(agent) == pytest.approx([0.002 * factor] * 2, rel=1e-3, abs=1e-12), step
         assert agent.charts()["charts/learning_rate"] == pytest.approx(0.002 * factor, rel=1e-3, abs=1e-12)
@@ -681,7 +681,7 @@ def test_the_learning_rate_is_what_the_parameters_feel():
     for old, network in zip(before, (agent.policy, agent.critic)):
         for was, parameter in zip(old, network.parameters()):
             assert (parameter - was).abs().max().item() == pytest.approx(0.002, rel=0.01)
-    agent.step = 100
+    agent.updates.fill_(100)
     before = copies(agent.policy), copies(agent.critic)
     agent.update(float_batch())
     assert same(before[0], agent.policy) and same(before[1], agent.critic)
@@ -786,7 +786,7 @@ def test_training_state_continues_the_run_exactly():
     other.load_state_dict(agent.state_dict())
     other.load_training_state(copy.deepcopy(agent.training_state()))
     for x in (agent, other):
-        x.step = 50  # so that a rate that stays what it was would be seen
+        x.updates.fill_(50)  # so that a rate that stays what it was would be seen
         torch.manual_seed(3)
         for _ in range(2):
             x.update(float_batch())
