@@ -15,6 +15,7 @@ import numpy as np
 import stable_baselines3
 import tyro
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import Logger
 
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
@@ -65,6 +66,7 @@ def main():
     envs = make_vec_env(args.env_id, n_envs=args.num_envs, seed=args.seed)
     model = stable_baselines3.SAC("MlpPolicy", envs, learning_starts=args.learning_starts, train_freq=1,
                                   gradient_steps=1, seed=args.seed, device="cpu")
+    model.set_logger(Logger(folder=None, output_formats=[]))  # else it leaves folders in the temporary directory
     with (run_dir / "metrics.jsonl").open("w") as file:
         def log(metrics):
             file.write(json.dumps({"step": model.num_timesteps, **metrics}) + "\n")

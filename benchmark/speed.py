@@ -1,82 +1,351 @@
-"""Median times of acting and updating with `som_online.py`, beside stable-baselines3's SAC, on the CPU.
+"""How fast the scripts update, act and evaluate, beside plain ports and other libraries. Prints Markdown tables.
 
-    python benchmark/speed.py            # --help shows the sizes; pip install stable-baselines3==2.9.2
+    OMP_NUM_THREADS=2 python benchmark/speed.py                 # CPU; --help lists parts and sizes
+    python benchmark/speed.py --cuda                            # one GPU: eager, compiled, graph, both
 
-Acting: one Hopper observation, as numpy array in and out. Updating: one gradient step on made-up transitions. Every
-row is the median over blocks of calls, with the lowest and highest block behind it.
+Peers: pip install stable-baselines3==2.9.2 d3rlpy==2.8.1 (left out with a line where they are missing). Every figure
+is the median over blocks of calls, with the lowest and the highest block behind it. FLOPs are those of the matrix
+products of one update (2 per multiply-add); the peak is that of one large float32 product on the same machine.
 """
+import importlib
+import importlib.util
+import json
 import pathlib
+import platform
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from typing import Literal
 
-import gymnasium as gym
 import numpy as np
-import stable_baselines3
 import torch
 import tyro
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import som_online  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+import plain_mfql  # noqa: E402
+
+import mfql_offline  # noqa: E402
+import ofql_offline  # noqa: E402
 
 OBS_DIM, ACT_DIM = 11, 3  # Hopper
+PARTS = ("updates", "acting", "growth", "memory")
+SIZES = {  # (script, name): flags beside the task's defaults
+    ("mfql_offline", "paper's sizes (policy 256 x 3, critics 512 x 4, batch 256), N = 5 in the target"): dict(
+        num_candidates_target=5),
+    ("mfql_offline", "policy 128 x 2, critics 256 x 2, batch 256, N = 5 in the target"): dict(
+        num_candidates_target=5, policy_width=128, policy_depth=2, critic_width=256, critic_depth=2),
+    ("ofql_offline", "paper's sizes (policy 256 x 3, critics 256 x 3, batch 256)"): dict(),
+    ("som_online", "defaults (K = 100, policy and critics 256 x 3, batch 256)"): dict(),
+    ("som_online", "K = 16, policy 128 x 3, critics 256 x 2, batch 128"): dict(
+        num_proposals=16, batch_size=128, policy_width=128, critic_depth=2),
+}
 
 
 @dataclass
 class Args:
-    threads: int = 1
-    """threads of torch"""
-    blocks: int = 7
+    parts: tuple[Literal["updates", "acting", "growth", "memory"], ...] = PARTS
+    """which tables to print"""
+    cuda: bool = False
+    """measure on the first GPU instead of the CPU"""
+    tf32: bool = False
+    """as the scripts' flag"""
+    blocks: int = 5
     """repeats of each measurement"""
+    seconds: float = 2.0
+    """length of one repeat"""
     compile: bool = True
-    """also time compiled updates (needs a C++ compiler)"""
+    """also time compiled updates (on the CPU this needs a C++ compiler)"""
+    peers: bool = True
+    """also time stable-baselines3 and d3rlpy"""
 
 
-def timed(blocks, name, call, *operands, seconds=1.0):
-    """Prints microseconds per call: median of the blocks (lowest .. highest)."""
-    call(*operands)
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        call(*operands)
-        count += 1
-    times = []
-    for _ in range(blocks):
+def timed(args, call):
+    """Seconds per call: median, lowest and highest block. `call` has run before."""
+    def block(count):
         start = time.perf_counter()
         for _ in range(count):
-            call(*operands)
-        times.append((time.perf_counter() - start) / count * 1e6)
-    print(f"| {name} | {np.median(times):,.0f} | {min(times):,.0f} .. {max(times):,.0f} |", flush=True)
+            call()
+        if args.cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count
+
+    count = max(int(args.seconds / block(3)), 1)
+    times = [block(count) for _ in range(args.blocks)]
+    return float(np.median(times)), min(times), max(times)
+
+
+def header(*names):
+    print("\n| " + " | ".join(names) + " |\n|" + "---|" * len(names), flush=True)
+
+
+def row(*cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def spread(times, scale, text="{:,.1f}"):
+    """'median (lowest .. highest)' of scale(seconds)."""
+    middle, *ends = (scale(seconds) for seconds in times)
+    return text.format(middle) + " (" + " .. ".join(text.format(end) for end in sorted(ends)) + ")"
+
+
+def made_up_replay(rows, device):
+    return dict(observations=torch.randn(rows, OBS_DIM, device=device),
+                actions=torch.rand(rows, ACT_DIM, device=device) * 2 - 1, rewards=torch.randn(rows, device=device),
+                masks=torch.ones(rows, device=device), next_observations=torch.randn(rows, OBS_DIM, device=device))
+
+
+def flags(script, **more):
+    """The script's flags for Hopper, at full size."""
+    module = importlib.import_module(script)
+    env_id = "Hopper-v4" if script == "som_online" else "hopper-medium-v2"
+    return module.Args(**{**module.task_defaults(env_id), "env_id": env_id, **more})
+
+
+def updating(args, script, options):
+    """(seconds per update, FLOPs of one) of a script, eager, compiled or as a graph of ten updates."""
+    module, device = importlib.import_module(script), torch.device("cuda" if args.cuda else "cpu")
+    agent = module.Agent(OBS_DIM, ACT_DIM, options, device)
+    replay = made_up_replay(100_000, device)
+
+    def update():
+        return agent.update(module.sample(replay, options.batch_size))
+
+    for _ in range(3):
+        update()
+    with FlopCounterMode(display=False) as counter:
+        update()
+    call, count = update, 1
+    if args.cuda and options.cuda_graph:
+        call, count = module.capture(update, 10), 10
+        call()
+    return [seconds / count for seconds in timed(args, call)], counter.get_total_flops(), call
+
+
+def updating_plainly(args, options):
+    """The same of the plain port of MFQL, eager."""
+    device = torch.device("cuda" if args.cuda else "cpu")
+    plain, replay = plain_mfql.Plain(OBS_DIM, ACT_DIM, options, device), made_up_replay(100_000, device)
+
+    def update():
+        return plain.update(mfql_offline.sample(replay, options.batch_size))
+
+    update()
+    with FlopCounterMode(display=False) as counter:
+        update()
+    return timed(args, update), counter.get_total_flops()
+
+
+def matrix_peak(args):
+    """FLOP/s of a large float32 matrix product."""
+    size, device = (8192, "cuda") if args.cuda else (2048, "cpu")
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    for _ in range(3):
+        torch.mm(a, b)
+    return 2 * size**3 / timed(args, lambda: torch.mm(a, b))[0]
+
+
+def waits(call):
+    """How often the host waits for the GPU in ten calls, by torch's profiler."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        for _ in range(10):
+            call()
+    waiting = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaDeviceSynchronize")
+    return sum(event.count for event in profile.key_averages() if event.key in waiting)
+
+
+def updates(args):
+    peak = matrix_peak(args)
+    print(f"\nOne float32 matrix product: {peak / 1e9:,.0f} GFLOP/s")
+    header("update", "mode", "per second", "GFLOP", "share of the peak", "ratio to the plain port")
+    for (script, sizes), more in SIZES.items():
+        base = None
+        if script == "mfql_offline":
+            times, flops = updating_plainly(args, flags(script, **more))
+            base = times[0]
+            row(f"plain port of MFQL, {sizes}", "eager", spread(times, lambda s: 1 / s), f"{flops / 1e9:.1f}",
+                f"{flops / times[0] / peak:.0%}", "1")
+        modes = [(compiled, graph) for graph in ((False, True) if args.cuda else (False,))
+                 for compiled in ((False, True) if args.compile else (False,))]
+        for compiled, graph in modes:
+            times, flops, call = updating(args, script, flags(script, compile=compiled, cuda_graph=graph, **more))
+            mode = ", ".join(name for name, on in (("compiled", compiled), ("graph", graph)) if on) or "eager"
+            if args.cuda:
+                mode += f"; {waits(call)} waits"
+            row(f"{script}, {sizes}", mode, spread(times, lambda s: 1 / s), f"{flops / 1e9:.1f}",
+                f"{flops / times[0] / peak:.0%}", f"{base / times[0]:.2f}" if base else "-")
+    if args.cuda:
+        print(f"\nLargest allocation of all of these: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    if args.peers:
+        peer_updates(args)
+
+
+def peer_updates(args):
+    """stable-baselines3's SAC (as SOM: twin critics, a stochastic policy; no proposals) and d3rlpy's TD3+BC (as OFQL:
+    twin critics, a cloning term; a deterministic policy, trained every second step)."""
+    device = "cuda" if args.cuda else "cpu"
+    if importlib.util.find_spec("stable_baselines3"):
+        import gymnasium as gym
+        import stable_baselines3
+
+        sac = stable_baselines3.SAC("MlpPolicy", gym.make("Hopper-v5"), device=device, learning_starts=500)
+        sac.learn(600)
+        row("stable-baselines3 SAC, 256 x 2, batch 256", "eager",
+            spread(timed(args, lambda: sac.train(1, 256)), lambda s: 1 / s), "", "", "")
+    else:
+        print("stable-baselines3 is not installed")
+    if importlib.util.find_spec("d3rlpy"):
+        import d3rlpy
+
+        rng = np.random.default_rng(0)
+        dataset = d3rlpy.dataset.MDPDataset(
+            rng.normal(size=(10_000, OBS_DIM)).astype(np.float32), rng.uniform(-1, 1, (10_000, ACT_DIM)).astype("f"),
+            rng.normal(size=10_000).astype("f"), (np.arange(10_000) % 1000 == 999).astype("f"))
+        algorithm = d3rlpy.algos.TD3PlusBCConfig(batch_size=256).create(device="cuda:0" if args.cuda else "cpu:0")
+        algorithm.build_with_dataset(dataset)
+        call = lambda: algorithm.update(dataset.sample_transition_batch(256))
+        call()
+        row("d3rlpy TD3+BC, 256 x 2, batch 256", "eager", spread(timed(args, call), lambda s: 1 / s), "", "", "")
+    else:
+        print("d3rlpy is not installed")
+
+
+def acting(args):
+    """One Hopper observation, a numpy array in and out."""
+    device = torch.device("cuda" if args.cuda else "cpu")
+    observation = np.random.default_rng(0).normal(size=(1, OBS_DIM)).astype(np.float32)
+    header("one action", "microseconds")
+    generator = torch.Generator(device).manual_seed(0)
+    for script in ("mfql_offline", "ofql_offline", "som_online"):
+        options = flags(script)
+        agent = importlib.import_module(script).Agent(OBS_DIM, ACT_DIM, options, device)
+        for count in (1, options.num_candidates):
+            def act(agent=agent, count=count):
+                return agent.act(torch.as_tensor(observation, device=device), count, generator).cpu().numpy()
+
+            act()
+            row(f"{script}, N = {count}", spread(timed(args, act), lambda s: 1e6 * s, "{:,.0f}"))
+    steps_of_one_network(args, device, observation)
+    if args.peers and importlib.util.find_spec("stable_baselines3"):
+        import gymnasium as gym
+        import stable_baselines3
+
+        sac = stable_baselines3.SAC("MlpPolicy", gym.make("Hopper-v5"), device=str(device))
+        sac.predict(observation)
+        row("stable-baselines3 SAC, `predict`",
+            spread(timed(args, lambda: sac.predict(observation)), lambda s: 1e6 * s, "{:,.0f}"))
+
+
+def steps_of_one_network(args, device, observation):
+    """OFQL's network as one step from noise to action, and integrated in 5 and 10 steps of its instantaneous velocity
+    (r = t), as a flow policy is."""
+    policy = ofql_offline.Agent(OBS_DIM, ACT_DIM, flags("ofql_offline"), device).policy
+
+    def sampler(steps):
+        ends = [torch.full((1, 1), 1 - i / steps, device=device) for i in range(steps + 1)]
+
+        @torch.no_grad()
+        def act(observations, a):
+            for t, r in zip(ends, ends[1:]):
+                a = a - (t - r) * policy(observations, a, r if steps == 1 else t, t)
+            return a.clamp(-1, 1)
+        return act
+
+    def timing(sample):
+        def act():
+            observations = torch.as_tensor(observation, device=device)
+            return sample(observations, torch.randn(1, ACT_DIM, device=device)).cpu().numpy()
+
+        act()
+        return timed(args, act)
+
+    for compiled in (False, True) if args.compile else (False,):
+        one = None
+        for steps in (1, 5, 10):
+            times = timing(torch.compile(sampler(steps)) if compiled else sampler(steps))
+            one = one or times[0]
+            row(f"OFQL's network, {steps} step{'s' * (steps > 1)}{', compiled' * compiled}",
+                spread(times, lambda s: 1e6 * s, "{:,.0f}") + f", {times[0] / one:.1f} times one step")
+
+
+def growth(args):
+    """Updates per second of eager MFQL at 128 x 2 against one size at a time."""
+    small = dict(policy_width=128, policy_depth=2, critic_width=256, critic_depth=2, num_candidates_target=1)
+    header("mfql_offline, " + ", ".join(f"{key} {value}" for key, value in small.items()), "value", "updates/s")
+    found = {}
+    for key, values in (("batch_size", (64, 128, 256, 512, 1024)), ("num_candidates_target", (1, 2, 5, 10, 20)),
+                        ("policy_width", (64, 128, 256, 512))):
+        for value in values:
+            options = flags("mfql_offline", cuda_graph=args.cuda, **{**small, key: value})
+            times = updating(args, "mfql_offline", options)[0]
+            found.setdefault(key, []).append((value, 1 / times[0]))
+            row(key, str(value), spread(times, lambda s: 1 / s))
+    header("evaluation of ofql_offline on Hopper-v4, N = 50", "episodes", "seconds")
+    for episodes in (10, 50, 150):
+        options = flags("ofql_offline", eval_episodes=episodes)
+        agent = ofql_offline.Agent(OBS_DIM, ACT_DIM, options, torch.device("cuda" if args.cuda else "cpu"))
+        start = time.perf_counter()
+        length = ofql_offline.evaluate(agent, options, 50)["eval/episodic_length"]
+        row(f"untrained policy, {length:.0f} steps an episode", str(episodes), f"{time.perf_counter() - start:.1f}")
+    path = ROOT / "benchmark" / "results" / f"growth_{'cuda' if args.cuda else 'cpu'}.json"
+    path.write_text(json.dumps(found, indent=1))
+    if importlib.util.find_spec("matplotlib"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3), layout="constrained")
+        for axis, (key, points) in zip(axes, found.items()):
+            axis.plot(*zip(*points), marker="o")
+            axis.set(xscale="log", xlabel=key, ylabel="updates/s", ylim=(0, None))
+        figure.savefig(path.with_suffix(".png"), dpi=100)
+
+
+def memory(args):
+    """A million made-up Hopper transitions: largest resident set (and GPU allocation), seconds to the first update."""
+    import h5py
+
+    header("script, a million transitions", "peak resident set, GiB", "seconds from the command to the first update")
+    with tempfile.TemporaryDirectory() as folder:
+        rng, rows = np.random.default_rng(0), 1_000_000
+        with h5py.File(f"{folder}/data.hdf5", "w") as file:
+            for key, width in (("observations", OBS_DIM), ("actions", ACT_DIM)):
+                file[key] = rng.uniform(-1, 1, (rows, width)).astype(np.float32)
+            file["rewards"], file["terminals"] = rng.normal(size=rows).astype(np.float32), np.zeros(rows, bool)
+            file["timeouts"] = np.arange(rows) % 1000 == 999
+        for script in ("mfql_offline", "ofql_offline"):
+            program = ("import resource, runpy, sys\n"
+                       f"sys.argv = ['{script}.py', '--env-id', 'hopper-medium-v2', '--dataset-path',"
+                       f"'{folder}/data.hdf5', '--offline-steps', '20', '--log-interval', '1', '--eval-episodes', '1',"
+                       f"'--runs-dir', '{folder}/{script}', '--{'no-' * (not args.cuda)}cuda']\n"
+                       "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+                       "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n")
+            start, first = time.time(), None
+            process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL)
+            while process.poll() is None and first is None:
+                logs = list(pathlib.Path(folder, script).glob("*/metrics.jsonl"))
+                first = time.time() - start if logs and logs[0].stat().st_size else None
+                time.sleep(0.05)
+            kilobytes = int(process.communicate()[0].split()[-1])
+            row(script, f"{kilobytes / 2**20:.2f}", f"{first:.1f}")
 
 
 def main():
     args = tyro.cli(Args, description=__doc__.split("\n")[0])
-    torch.set_num_threads(args.threads)
-    cpu, rng = torch.device("cpu"), np.random.default_rng(0)
-    observation = rng.normal(size=(1, OBS_DIM)).astype(np.float32)
-    print(f"torch {torch.__version__}, {args.threads} threads\n\n| | microseconds | spread |\n|---|---|---|")
-
-    def act(agent, num_candidates):
-        return agent.act(torch.as_tensor(observation), num_candidates).numpy()
-
-    agent = som_online.Agent(OBS_DIM, ACT_DIM, som_online.Args(), cpu)
-    for n in (1, 32):
-        timed(args.blocks, f"SOM, one action, N = {n}", act, agent, n)
-    sac = stable_baselines3.SAC("MlpPolicy", gym.make("Hopper-v5"), device="cpu", learning_starts=0)
-    timed(args.blocks, "SAC (stable-baselines3), one action", sac.predict, observation)
-
-    def batch(size):
-        return dict(observations=torch.randn(size, OBS_DIM), actions=torch.rand(size, ACT_DIM) * 2 - 1,
-                    rewards=torch.randn(size), masks=torch.ones(size), next_observations=torch.randn(size, OBS_DIM))
-
-    sizes = {"default sizes (K = 100, batch 256, 256 x 3)": som_online.Args(),
-             "sizes of the runs here (K = 16, batch 128, 128 x 3, critics 256 x 2)": som_online.Args(
-                 num_proposals=16, batch_size=128, policy_width=128, critic_depth=2)}
-    for name, flags in sizes.items():
-        for flags.compile in (False, True) if args.compile else (False,):
-            agent, data = som_online.Agent(OBS_DIM, ACT_DIM, flags, cpu), batch(flags.batch_size)
-            timed(args.blocks, f"SOM, update, {name}{', compiled' if flags.compile else ''}", agent.update, data)
-    sac.learn(600)
-    timed(args.blocks, "SAC (stable-baselines3), update (batch 256, 256 x 2)", sac.train, 1, 256)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    if args.cuda:
+        torch.cuda.set_stream(torch.cuda.Stream())  # as the scripts do
+    name = torch.cuda.get_device_name() if args.cuda else platform.processor() or platform.machine()
+    if not args.cuda and (cpuinfo := pathlib.Path("/proc/cpuinfo")).exists():
+        name = cpuinfo.read_text().partition("model name")[2].split("\n")[0].strip("\t :") or name
+    print(f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}")
+    for part in args.parts:
+        dict(updates=updates, acting=acting, growth=growth, memory=memory)[part](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""On a GPU: graphs, compiled losses and TF32. Skipped elsewhere; test_behaviour.py imitates graphs on the CPU."""
+import importlib
+import shutil
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SCRIPTS = ["mfql_offline", "ofql_offline", "mfql_offline_to_online", "som_online"]
+SMALL = dict(policy_width=64, policy_depth=2, critic_width=64, critic_depth=2, batch_size=64)
+
+
+def train(m, updates, graph=False, **flags):
+    """The parameters of a small agent after so many updates: eager, or the last of them replayed ten at a time."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    agent = m.Agent(11, 3, m.Args(**SMALL, **flags), device)
+    replay = dict(observations=torch.randn(500, 11), actions=torch.rand(500, 3) * 2 - 1, rewards=torch.randn(500),
+                  masks=torch.ones(500), next_observations=torch.randn(500, 11))
+    replay = {key: value.to(device) for key, value in replay.items()}
+
+    def update():
+        return agent.update(m.sample(replay, 64))
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(10 if graph else updates):
+            update()
+        if graph:
+            replay_updates = m.capture(update, 10)
+            for _ in range(updates // 10 - 1):
+                replay_updates()
+        torch.cuda.synchronize()
+    return {name: value.clone() for name, value in agent.state_dict().items()}
+
+
+def assert_close(found, expected):
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_graphs_equal_eager_updates(script):
+    m = importlib.import_module(script)
+    assert_close(train(m, 50, graph=True), train(m, 50))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compiled_graphs_equal_eager_updates(script):
+    m = importlib.import_module(script)
+    assert_close(train(m, 50, graph=True, compile=True), train(m, 50))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_updates_never_wait_for_the_device(script):
+    m = importlib.import_module(script)
+    agent = m.Agent(11, 3, m.Args(**SMALL), torch.device("cuda"))
+    batch = dict(observations=torch.randn(64, 11), actions=torch.rand(64, 3), rewards=torch.randn(64),
+                 masks=torch.ones(64), next_observations=torch.randn(64, 11))
+    batch = {key: value.cuda() for key, value in batch.items()}
+    agent.update(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        agent.update(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
