@@ -463,6 +463,8 @@ class Agent(nn.Module):
         observations = (observations - self.obs_mean) / self.obs_std
         shape = len(observations), num_candidates, self.policy.final.out_features
         noise = torch.randn(shape, device=observations.device, generator=generator)
+        if num_candidates == 1:
+            return one_step_action(self.policy, observations, noise[:, 0], self.args).clamp(-1, 1)
         return best_of_n(self.policy, self.target_critic, observations, noise, self.args)[0]
 
     def charts(self):

@@ -662,15 +662,16 @@ def test_update_applies_alphas_rule_to_the_loss_of_the_step():
     assert (agent.alpha_history == window(1e-9, 1e-9, parts["mean_flow"].item())).all()
 
 
-def test_act_normalises_observations_and_draws_from_its_own_generator():
+@pytest.mark.parametrize("count", [1, 4])
+def test_act_normalises_observations_and_draws_from_its_own_generator(count):
     agent = make_agent()
     perturb(agent.policy), perturb(agent.target_critic)
     agent.obs_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
     agent.obs_std.copy_(torch.tensor([1.0, 0.5, 2.0]))
     raw, before = torch.randn(6, OBS), torch.get_rng_state()
-    actions = agent.act(raw, 4, torch.Generator().manual_seed(5))
+    actions = agent.act(raw, count, torch.Generator().manual_seed(5))
     assert (torch.get_rng_state() == before).all()
-    noise = torch.randn(6, 4, ACT, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(6, count, ACT, generator=torch.Generator().manual_seed(5))
     normalised = (raw - agent.obs_mean) / agent.obs_std
     expected = m.best_of_n(agent.policy, agent.target_critic, normalised, noise, agent.args)[0]
     close(actions, expected, 1e-6)
