@@ -50,6 +50,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -181,6 +182,7 @@ class Args:
 # AntMaze (author's code base; the paper: --reward-scale 4 --reward-shift -2).
 TASKS = {
     # pattern: inverse temperature w, eta, further flags
+    r"antmaze-umaze(-diverse)?-v2": (10, 0.01, dict(reward_shift=-1.0)),  # not in the paper: medium-play's values
     r"antmaze-medium-play-v2": (10, 0.01, dict(reward_shift=-1.0, max_q_backup=True)),
     r"antmaze-medium-diverse-v2": (5, 0.001, dict(reward_shift=-1.0, max_q_backup=True)),
     r"antmaze-large-play-v2": (5, 0.3, dict(reward_shift=-1.0, max_q_backup=True)),
@@ -454,11 +456,89 @@ D4RL_TASKS = {  # successor of D4RL's environment, and D4RL's reference returns 
     "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
     "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
     "ant": ("Ant-v4", (-325.6, 3879.7)),
+    "antmaze": ("AntMaze", (0.0, 1.0)),  # the class below
     "pen": ("AdroitHandPen-v1", (96.262799, 3076.8331017826877)),
     "door": ("AdroitHandDoor-v1", (-56.512833, 2880.5693087298737)),
     "hammer": ("AdroitHandHammer-v1", (-274.856578, 12794.134825156867)),
     "relocate": ("AdroitHandRelocate-v1", (-6.425911, 4233.877797728884)),
 }
+
+D4RL_FILES = {  # folder and file on the servers, where a name is not spelled like its file
+    "antmaze-umaze-v2": "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5",
+    "antmaze-umaze-diverse-v2": "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
+    "antmaze-medium-play-v2": "ant_maze_v2/Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
+    "antmaze-medium-diverse-v2":
+        "ant_maze_v2/Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
+    "antmaze-large-play-v2":
+        "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
+    "antmaze-large-diverse-v2":
+        "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
+}
+ANT_MAZES = {  # time limit, rows of 4 m cells: # wall, R start, G goal; play and diverse are two data sets of one task
+    "umaze": (700, "##### #R..# ###.# #G..# #####"),
+    "medium": (1000, "######## #R.##..# #..#...# ##...### #..#...# #.#..#.# #...#.G# ########"),
+    "large": (1000, "############ #R...#.....# #.##.#.#.#.# #......#...# #.####.###.# #..#.#.....# ##.#.#.#.### "
+                    "#..#...#.G.# ############"),
+}
+
+
+class AntMaze(gym.Env):
+    """D4RL's AntMaze -v2: an ant walks through a maze to within 0.5 m of a goal that it is not told.
+
+    Gymnasium's ant with D4RL's torque, time step and contacts: policies trained in D4RL's walk here as well as there
+    (`benchmark/antmaze_policies.py`). Observation (29): qpos (x, y, z, quaternion w x y z, 8 joints) and qvel (14); x
+    and y are 0 in the start cell, y grows with the map's row. Reward 1 and termination at the goal, else 0; falling
+    ends nothing. A step takes 0.1 s.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 1.0, (8,), np.float32)
+
+    def __init__(self, maze, render_mode=None):
+        self.render_mode, self.renderer = render_mode, None
+        cells = np.array([list(row) for row in ANT_MAZES[maze][1].split()])
+        centre = {mark: 4.0 * (np.argwhere(cells == mark)[:, ::-1] - 1) for mark in "#RG"}  # xy of the cells, m
+        spec = mujoco.MjSpec.from_file(str(pathlib.Path(gym.__file__).parent / "envs/mujoco/assets/ant.xml"))
+        for x, y in centre["#"]:
+            spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, 1], size=[2, 2, 1], contype=1,
+                                    conaffinity=1, rgba=[0.6, 0.5, 0.4, 1])
+        self.model = spec.compile()
+        self.model.opt.timestep = 0.02  # s, gymnasium 0.01
+        self.model.actuator_gear[:, 0] = 30  # N m at action 1, gymnasium 150
+        self.model.geom_solimp[:, :3] = 0.8, 0.8, 0.01  # gymnasium 0.9 0.95 0.001
+        self.data, self.goal_cell, self.middle = mujoco.MjData(self.model), centre["G"][0], centre["#"].mean(0)
+
+    def observation(self):
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)  # one-sided
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos += self.np_random.uniform(-0.1, 0.1, 15)
+        self.data.qvel = 0.1 * self.np_random.standard_normal(14)
+        mujoco.mj_normalizeQuat(self.model, self.data.qpos)  # as MuJoCo 2 did before the first observation
+        mujoco.mj_forward(self.model, self.data)
+        return self.observation(), {}
+
+    def step(self, action):
+        self.data.ctrl = action  # MuJoCo clips it to [-1, 1]
+        mujoco.mj_step(self.model, self.data, nstep=5)
+        success = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
+        return self.observation(), float(success), success, False, {"success": success}
+
+    def render(self):
+        """The maze from above, x to the right and y upwards; (480, 480, 3)."""
+        self.renderer = self.renderer or mujoco.Renderer(self.model, 480, 480)
+        camera = mujoco.MjvCamera()
+        camera.lookat[:2], camera.distance, camera.azimuth, camera.elevation = self.middle, 60, 90, -90
+        self.renderer.update_scene(self.data, camera)
+        return self.renderer.render()
+
+    def close(self):
+        if self.renderer is not None:
+            self.renderer.close()
 
 
 def d4rl_task(env_id):
@@ -468,9 +548,11 @@ def d4rl_task(env_id):
         return match[1], "gym_mujoco_v2", f"{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
     if match := re.fullmatch(r"(pen|door|hammer|relocate)-(human|cloned|expert)-v1", env_id):
         return match[1], "hand_dapg_v1", f"{env_id}.hdf5"
+    if env_id in D4RL_FILES:
+        return env_id.split("-")[0], *D4RL_FILES[env_id].split("/")
     if re.fullmatch(rf"(antmaze|kitchen|pen|door|hammer|relocate)-[a-z-]+-v\d|[a-z0-9]+-({kinds})-v\d", env_id):
-        raise BadInput(f"--env-id {env_id} is not supported yet; of D4RL, locomotion -v2 (hopper, halfcheetah, "
-                       "walker2d, ant) and Adroit -v1 (human, cloned, expert) are")
+        raise BadInput(f"--env-id {env_id} is not supported; of D4RL, locomotion -v2 (hopper, halfcheetah, walker2d, "
+                       f"ant), Adroit -v1 (human, cloned, expert) and {', '.join(D4RL_FILES)} are")
     return None
 
 
@@ -535,6 +617,10 @@ def make_env(args, **kwargs):
                 kwargs["use_contact_forces"] = True  # D4RL's observation has them
             if env_id == "AdroitHandPen-v1":
                 kwargs["max_episode_steps"] = 100  # D4RL's limit; here it is 200
+            if env_id == "AntMaze":
+                maze = kwargs["maze"] = args.env_id.split("-")[1]
+                env_id = gym.envs.registration.EnvSpec(
+                    args.env_id, entry_point=AntMaze, max_episode_steps=ANT_MAZES[maze][0])
             env = gym.make(env_id, **kwargs)
     except (gym.error.Error, ImportError, ValueError) as error:
         package = getattr(error, "name", None)  # of an import that failed
