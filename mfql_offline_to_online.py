@@ -532,6 +532,7 @@ D4RL_TASKS = {  # successor of D4RL's environment, and D4RL's reference returns 
     "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
     "ant": ("Ant-v4", (-325.6, 3879.7)),
     "antmaze": ("AntMaze", (0.0, 1.0)),  # the class below
+    "kitchen": ("FrankaKitchen-v1", (0.0, 4.0)),
     "pen": ("AdroitHandPen-v1", (96.262799, 3076.8331017826877)),
     "door": ("AdroitHandDoor-v1", (-56.512833, 2880.5693087298737)),
     "hammer": ("AdroitHandHammer-v1", (-274.856578, 12794.134825156867)),
@@ -548,6 +549,23 @@ D4RL_FILES = {  # folder and file on the servers, where a name is not spelled li
         "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
     "antmaze-large-diverse-v2":
         "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
+    "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5",
+    "kitchen-partial-v0": "kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5",
+    "kitchen-mixed-v0": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
+}
+D4RL_CHECKS = {  # size in bytes and the known first digits of the SHA-256, where somebody has noted them
+    "antmaze-umaze-v2": (232532949, ""),
+    "antmaze-umaze-diverse-v2": (230854272, ""),
+    "antmaze-medium-play-v2": (231110764, ""),
+    "antmaze-medium-diverse-v2": (231095166, ""),
+    "antmaze-large-play-v2": (230880653, ""),
+    "kitchen-complete-v0": (556544, "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81"),
+    "kitchen-partial-v0": (19558459, "57bfd9c5"),
+    "kitchen-mixed-v0": (19560760, "a30382a5"),
+    "pen-cloned-v1": (155074191, "6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22"),
+    "door-cloned-v1": (294356136, "1f6a60ecc4d2a2e5c02f41dd3412be61bb265a33dcf120ceee9e9682d4fe4d48"),
+    "hammer-cloned-v1": (446616879, ""),
+    "relocate-cloned-v1": (581319494, "8baf2b7f"),
 }
 ANT_MAZES = {  # time limit, rows of 4 m cells: # wall, R start, G goal; play and diverse are two data sets of one task
     "umaze": (700, "##### #R..# ###.# #G..# #####"),
@@ -614,6 +632,64 @@ class AntMaze(gym.Env):
     def close(self):
         if self.renderer is not None:
             self.renderer.close()
+
+
+class Kitchen(gym.Wrapper):
+    """D4RL's kitchen -v0 on gymnasium-robotics' FrankaKitchen-v1, whose physics are the same.
+
+    Observation (60): qpos of the robot (9) and of the objects (21), both noisy, and the goal (30), which is 0 wherever
+    the four subtasks ask for nothing. Reward: how many subtasks come within 0.3 of their goals in this step, each
+    counted once; with the fourth the episode terminates. (D4RL's data reward a subtask in every step that it is done.)
+    """
+
+    def __init__(self, env, kind):
+        from gymnasium_robotics.envs.franka_kitchen import kitchen_env
+
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (60,), np.float64)
+        self.robot, self.data = env.unwrapped.robot_env, env.unwrapped.data
+        self.subtasks = {name: kitchen_env.OBS_ELEMENT_INDICES[name] for name in (
+            "microwave", "kettle", "light switch", "bottom burner" if kind == "mixed" else "slide cabinet")}
+        self.goal = np.zeros(30)
+        for name, index in self.subtasks.items():
+            self.goal[index] = kitchen_env.OBS_ELEMENT_GOALS[name]
+        self.robot.robot_noise_ratio = 0.1  # of each joint's amplitude
+        self.noise = 0.1 * np.append(self.robot.robot_pos_noise_amp[9:], 0.005)  # the environment drops the last one
+        self.robot.model.geom_contype[1] = self.robot.model.geom_conaffinity[1] = 0  # D4RL's pedestal touches nothing
+
+    def observe(self, observation):
+        noise = self.noise * self.robot.np_random.uniform(-1, 1, 21)
+        return np.concatenate([observation["observation"][:9], self.data.qpos[9:] + noise, self.goal])
+
+    def reset(self, *, seed=None, options=None):
+        observation, _ = self.env.reset(seed=seed, options=options)
+        self.todo = set(self.subtasks)
+        return self.observe(observation), {}
+
+    def step(self, action):
+        observation, _, _, truncated, _ = self.env.step(action)
+        observation = self.observe(observation)
+        distance = {name: np.linalg.norm((observation[:30] - self.goal)[self.subtasks[name]]) for name in self.todo}
+        done = {name for name in self.todo if distance[name] < 0.3}
+        self.todo -= done
+        return observation, float(len(done)), not self.todo, truncated, {}
+
+
+class Adroit(gym.Wrapper):
+    """Gymnasium-robotics' AdroitHand -v1 with two rules of D4RL: an episode of pen ends when the pen drops, and in the
+    other tasks the distance from palm to object lowers the reward; releases 1.2.1 to 1.4.2 have that sign wrong."""
+
+    def __init__(self, env, task):
+        super().__init__(env)
+        self.task = task
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.task == "pen":
+            return observation, reward, bool(observation[26] < 0.075), truncated, info  # its height, m
+        palm_to_object = {"door": observation[35:38], "hammer": observation[33:36] - observation[36:39],
+                          "relocate": observation[30:33]}[self.task]  # m
+        return observation, reward - 0.2 * np.linalg.norm(palm_to_object), terminated, truncated, info
 
 
 def d4rl_task(env_id):
@@ -683,8 +759,9 @@ def make_env(args, **kwargs):
         elif source(args) == "minari":
             env = minari_dataset(args).recover_environment(eval_env=True, **kwargs)
         else:
-            env_id = D4RL_TASKS[d4rl_task(args.env_id)[0]][0] if source(args) == "d4rl" else args.env_id
-            if env_id.startswith("Adroit"):
+            task, kind, *_ = args.env_id.split("-") if d4rl_task(args.env_id) else (None, None)
+            env_id = D4RL_TASKS[task][0] if task else args.env_id
+            if env_id.startswith(("Adroit", "Franka")):
                 import gymnasium_robotics
 
                 gym.register_envs(gymnasium_robotics)
@@ -692,11 +769,17 @@ def make_env(args, **kwargs):
                 kwargs["use_contact_forces"] = True  # D4RL's observation has them
             if env_id == "AdroitHandPen-v1":
                 kwargs["max_episode_steps"] = 100  # D4RL's limit; here it is 200
-            if env_id == "AntMaze":
-                maze = kwargs["maze"] = args.env_id.split("-")[1]
-                env_id = gym.envs.registration.EnvSpec(
-                    args.env_id, entry_point=AntMaze, max_episode_steps=ANT_MAZES[maze][0])
+            if task == "antmaze":
+                limit = ANT_MAZES[kind][0]
+                env_id = gym.envs.registration.EnvSpec(args.env_id, AntMaze, max_episode_steps=limit)
+                kwargs["maze"] = kind
+            if task == "kitchen":
+                kwargs["disable_env_checker"] = True  # it minds that the goal is the same object in every step
             env = gym.make(env_id, **kwargs)
+            if task == "kitchen":
+                env = Kitchen(env, kind)
+            if task in ("pen", "door", "hammer", "relocate"):
+                env = Adroit(env, task)
     except (gym.error.Error, ImportError, ValueError) as error:
         package = getattr(error, "name", None)  # of an import that failed
         advice = f"pip install {package.replace('_', '-').replace('PIL', 'pillow')}" if package else "see --help"
@@ -727,8 +810,9 @@ def normalized_score(episodic_return, reference):
     return 100 * (episodic_return - reference[0]) / (reference[1] - reference[0])
 
 
-def download_d4rl(folder, file, path):
+def download_d4rl(env_id, path):
     """Fetches a D4RL file to `path` from the first of D4RL_URLS that has it whole, and says which one served."""
+    (_, folder, file), (known_size, known_sha256) = d4rl_task(env_id), D4RL_CHECKS.get(env_id, (0, ""))
     failures, partial = [], path.with_suffix(f".{os.getpid()}.part")  # of this process alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -737,11 +821,15 @@ def download_d4rl(folder, file, path):
     for url in (template.format(folder=folder, file=file) for template in D4RL_URLS):
         try:
             with urllib.request.urlopen(url, timeout=10) as response, open(partial, "wb") as out:
-                size = int(response.headers.get("Content-Length") or 0)
+                size = int(response.headers.get("Content-Length") or known_size)
                 with tqdm.wrapattr(out, "write", total=size or None, desc=file) as bar:
                     shutil.copyfileobj(response, bar)
             if size and partial.stat().st_size != size:
                 raise OSError(f"only {partial.stat().st_size} of {size} bytes came")
+            if known_size and size != known_size:
+                raise OSError(f"{size} bytes are served, the file is known to have {known_size}")
+            if known_sha256 and not hashlib.sha256(partial.read_bytes()).hexdigest().startswith(known_sha256):
+                raise OSError(f"its SHA-256 does not begin with {known_sha256}, which is known of the file")
             read_d4rl(partial)  # keys and row counts
             os.replace(partial, path)
             print(f"downloaded {path} from {url}")
@@ -790,7 +878,7 @@ def load_d4rl(args):
     if path is None:
         path = pathlib.Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / task[2]
         if not path.exists():
-            download_d4rl(task[1], task[2], path)
+            download_d4rl(args.env_id, path)
     data, recorded_in = read_d4rl(path)
     env_id = D4RL_TASKS[task[0]][0] if task else args.env_id
     if recorded_in and recorded_in.split("-v")[0] != env_id.split("-v")[0]:

@@ -292,10 +292,10 @@ def test_things_that_are_no_file(tmp_path):
     ("GymV21Environment-v0", "shimmy"),  # ImportError without a name
     ("no_such_module:Foo-v0", "no_such_module"),  # and here ModuleNotFoundError without a name
     ("Pendulum-v1", "--dataset-path"),  # exists, but its data were not given
-    ("antmaze-umaze-v2", "not supported yet"), ("antmaze-large-diverse-v2", "not supported yet"),
-    ("antmaze-medium-play-v0", "not supported yet"), ("kitchen-complete-v0", "not supported yet"),
-    ("kitchen-mixed-v0", "not supported yet"), ("hopper-medium-v0", "not supported yet"),
-    ("pen-human-v0", "not supported yet"), ("walker2d-expert-v1", "not supported yet"),
+    ("antmaze-umaze-v1", "not supported"), ("antmaze-large-v2", "not supported"),
+    ("antmaze-medium-play-v0", "not supported"), ("kitchen-complete-v1", "not supported"),
+    ("kitchen-new-v0", "not supported"), ("hopper-medium-v0", "not supported"),
+    ("pen-human-v0", "not supported"), ("walker2d-expert-v1", "not supported"),
 ])
 def test_bad_names_are_refused(tmp_path, env_id, message):
     assert message in refuse(tmp_path, "--env-id", env_id)
