@@ -505,33 +505,21 @@ D4RL_TASKS = {  # successor of D4RL's environment, and D4RL's reference returns 
     "relocate": ("AdroitHandRelocate-v1", (-6.425911, 4233.877797728884)),
 }
 
-D4RL_FILES = {  # folder and file on the servers, where a name is not spelled like its file
-    "antmaze-umaze-v2": "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5",
-    "antmaze-umaze-diverse-v2": "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
-    "antmaze-medium-play-v2": "ant_maze_v2/Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
-    "antmaze-medium-diverse-v2":
-        "ant_maze_v2/Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
-    "antmaze-large-play-v2":
-        "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
-    "antmaze-large-diverse-v2":
-        "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
-    "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5",
-    "kitchen-partial-v0": "kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5",
-    "kitchen-mixed-v0": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
-}
-D4RL_CHECKS = {  # size in bytes and the known first digits of the SHA-256, where somebody has noted them
-    "antmaze-umaze-v2": (232532949, ""),
-    "antmaze-umaze-diverse-v2": (230854272, ""),
-    "antmaze-medium-play-v2": (231110764, ""),
-    "antmaze-medium-diverse-v2": (231095166, ""),
-    "antmaze-large-play-v2": (230880653, ""),
-    "kitchen-complete-v0": (556544, "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81"),
-    "kitchen-partial-v0": (19558459, "57bfd9c5"),
-    "kitchen-mixed-v0": (19560760, "a30382a5"),
-    "pen-cloned-v1": (155074191, "6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22"),
-    "door-cloned-v1": (294356136, "1f6a60ecc4d2a2e5c02f41dd3412be61bb265a33dcf120ceee9e9682d4fe4d48"),
-    "hammer-cloned-v1": (446616879, ""),
-    "relocate-cloned-v1": (581319494, "8baf2b7f"),
+ANT_FILE = "ant_maze_v2/Ant_maze_{}_sparse_fixed.hdf5"
+D4RL_FILES = {  # folder and file on the servers; then its size in bytes and first digits of its SHA-256, where known
+    "antmaze-umaze-v2": (ANT_FILE.format("u-maze_noisy_multistart_False_multigoal_False"), 232532949, ""),
+    "antmaze-umaze-diverse-v2": (ANT_FILE.format("u-maze_noisy_multistart_True_multigoal_True"), 230854272, ""),
+    "antmaze-medium-play-v2": (ANT_FILE.format("big-maze_noisy_multistart_True_multigoal_False"), 231110764, ""),
+    "antmaze-medium-diverse-v2": (ANT_FILE.format("big-maze_noisy_multistart_True_multigoal_True"), 231095166, ""),
+    "antmaze-large-play-v2": (ANT_FILE.format("hardest-maze_noisy_multistart_True_multigoal_False"), 230880653, ""),
+    "antmaze-large-diverse-v2": (ANT_FILE.format("hardest-maze_noisy_multistart_True_multigoal_True"), 0, ""),
+    "kitchen-complete-v0": ("kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5", 556544, "cd797c38cd52dfbe"),
+    "kitchen-partial-v0": ("kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5", 19558459, "57bfd9c5"),
+    "kitchen-mixed-v0": ("kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5", 19560760, "a30382a5"),
+    "pen-cloned-v1": ("hand_dapg_v1/pen-cloned-v1.hdf5", 155074191, "6d1a982cee1950501bedebbddedbcbb3"),
+    "door-cloned-v1": ("hand_dapg_v1/door-cloned-v1.hdf5", 294356136, "1f6a60ecc4d2a2e5c02f41dd3412be61"),
+    "hammer-cloned-v1": ("hand_dapg_v1/hammer-cloned-v1.hdf5", 446616879, ""),
+    "relocate-cloned-v1": ("hand_dapg_v1/relocate-cloned-v1.hdf5", 581319494, "8baf2b7f"),
 }
 ANT_MAZES = {  # time limit, rows of 4 m cells: # wall, R start, G goal; play and diverse are two data sets of one task
     "umaze": (700, "##### #R..# ###.# #G..# #####"),
@@ -609,34 +597,32 @@ class Kitchen(gym.Wrapper):
     """
 
     def __init__(self, env, kind):
-        from gymnasium_robotics.envs.franka_kitchen import kitchen_env
+        from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
 
         super().__init__(env)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (60,), np.float64)
-        self.robot, self.data = env.unwrapped.robot_env, env.unwrapped.data
-        self.subtasks = {name: kitchen_env.OBS_ELEMENT_INDICES[name] for name in (
-            "microwave", "kettle", "light switch", "bottom burner" if kind == "mixed" else "slide cabinet")}
-        self.goal = np.zeros(30)
+        self.robot, self.goal = env.unwrapped.robot_env, np.zeros(30)
+        names = "microwave", "kettle", "light switch", "bottom burner" if kind == "mixed" else "slide cabinet"
+        self.subtasks = {name: OBS_ELEMENT_INDICES[name] for name in names}  # where in the 30 numbers
         for name, index in self.subtasks.items():
-            self.goal[index] = kitchen_env.OBS_ELEMENT_GOALS[name]
-        self.robot.robot_noise_ratio = 0.1  # of each joint's amplitude
-        self.noise = 0.1 * np.append(self.robot.robot_pos_noise_amp[9:], 0.005)  # the environment drops the last one
+            self.goal[index] = OBS_ELEMENT_GOALS[name]
+        self.robot.robot_noise_ratio = 0.1  # of each joint's amplitude; it also disturbs the controller
+        self.noise = 0.1 * np.append(self.robot.robot_pos_noise_amp[9:], 0.005)  # the robot lacks the last amplitude
         self.robot.model.geom_contype[1] = self.robot.model.geom_conaffinity[1] = 0  # D4RL's pedestal touches nothing
 
-    def observe(self, observation):
-        noise = self.noise * self.robot.np_random.uniform(-1, 1, 21)
-        return np.concatenate([observation["observation"][:9], self.data.qpos[9:] + noise, self.goal])
+    def observe(self, robot):
+        objects = self.robot.data.qpos[9:] + self.noise * self.robot.np_random.uniform(-1, 1, 21)
+        return np.concatenate([robot["observation"][:9], objects, self.goal])
 
     def reset(self, *, seed=None, options=None):
-        observation, _ = self.env.reset(seed=seed, options=options)
         self.todo = set(self.subtasks)
-        return self.observe(observation), {}
+        return self.observe(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action):
-        observation, _, _, truncated, _ = self.env.step(action)
-        observation = self.observe(observation)
-        distance = {name: np.linalg.norm((observation[:30] - self.goal)[self.subtasks[name]]) for name in self.todo}
-        done = {name for name in self.todo if distance[name] < 0.3}
+        robot, _, _, truncated, _ = self.env.step(action)
+        observation = self.observe(robot)
+        error = observation[:30] - self.goal
+        done = {name for name in self.todo if np.linalg.norm(error[self.subtasks[name]]) < 0.3}
         self.todo -= done
         return observation, float(len(done)), not self.todo, truncated, {}
 
@@ -666,10 +652,12 @@ def d4rl_task(env_id):
     if match := re.fullmatch(r"(pen|door|hammer|relocate)-(human|cloned|expert)-v1", env_id):
         return match[1], "hand_dapg_v1", f"{env_id}.hdf5"
     if env_id in D4RL_FILES:
-        return env_id.split("-")[0], *D4RL_FILES[env_id].split("/")
+        return env_id.split("-")[0], *D4RL_FILES[env_id][0].split("/")
     if re.fullmatch(rf"(antmaze|kitchen|pen|door|hammer|relocate)-[a-z-]+-v\d|[a-z0-9]+-({kinds})-v\d", env_id):
         raise BadInput(f"--env-id {env_id} is not supported; of D4RL, locomotion -v2 (hopper, halfcheetah, walker2d, "
-                       f"ant), Adroit -v1 (human, cloned, expert) and {', '.join(D4RL_FILES)} are")
+                       "ant), AntMaze -v2 (umaze, umaze-diverse, medium-play, medium-diverse, large-play, "
+                       "large-diverse), kitchen -v0 (complete, partial, mixed) and Adroit -v1 (human, cloned, expert) "
+                       "are")
     return None
 
 
@@ -778,7 +766,8 @@ def normalized_score(episodic_return, reference):
 
 def download_d4rl(env_id, path):
     """Fetches a D4RL file to `path` from the first of D4RL_URLS that has it whole, and says which one served."""
-    (_, folder, file), (known_size, known_sha256) = d4rl_task(env_id), D4RL_CHECKS.get(env_id, (0, ""))
+    _, folder, file = d4rl_task(env_id)
+    _, known_size, known_sha256 = D4RL_FILES.get(env_id, (None, 0, ""))
     failures, partial = [], path.with_suffix(f".{os.getpid()}.part")  # of this process alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
