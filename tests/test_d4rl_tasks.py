@@ -162,11 +162,11 @@ def d4rl_model():
 
 
 def test_physics_are_those_of_the_xml_with_d4rls_numbers():
-    """Random steps that end at a wall, bit for bit."""
+    """Random steps after a run into a wall."""
     env, model = make("antmaze-umaze-v2"), d4rl_model()
     env.reset(seed=0)
     data, ours, draw = mujoco.MjData(model), env.unwrapped.data, np.random.default_rng(0)
-    ours.qpos[0] = data.qpos[0] = -1.4  # legs touch the wall
+    ours.qpos[0], ours.qvel[0] = -1.0, -3.0  # 1 m and 3 m/s to the next wall's face
     data.qpos[:], data.qvel[:] = ours.qpos, ours.qvel
     touched = 0
     for _ in range(100):
@@ -177,7 +177,7 @@ def test_physics_are_those_of_the_xml_with_d4rls_numbers():
             mujoco.mj_step(model, data)
         touched += any(model.geom_type[pair].tolist().count(mujoco.mjtGeom.mjGEOM_BOX) for pair in data.contact.geom)
         np.testing.assert_allclose(observation, [*data.qpos, *data.qvel], rtol=0, atol=1e-9)
-    assert touched > 2
+    assert touched
 
 
 def test_physics_are_those_of_ogbenchs_ant():
