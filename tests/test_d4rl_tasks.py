@@ -272,9 +272,7 @@ def test_kitchen_noise():
     noise = np.array(noise)
     assert np.abs(noise).max() <= 1 + 1e-6 and np.abs(noise).max(0).min() > 0.9
     np.testing.assert_allclose(noise.std(0), 1 / np.sqrt(3), atol=0.1)
-    for shift in range(3):  # numbers that come twice, in this step or a later one, would correlate fully
-        correlation = np.corrcoef(noise[shift:].T, noise[:len(noise) - shift].T)[:30, 30:]
-        assert np.abs(correlation - (np.eye(30) if shift == 0 else 0)).max() < 0.45
+    assert np.diff(np.sort(noise.ravel())).min() > 1e-10  # nothing is drawn twice, as from two equal generators
     assert np.allclose(env.unwrapped.robot_env._last_robot_qpos, observation[:9])  # the controller sees the noise too
 
 

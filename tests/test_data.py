@@ -466,7 +466,12 @@ BAD_ANSWERS = [answer_404, answer_cut, answer_cut_chunk, answer_half_a_file, ans
 def servers(monkeypatch, tmp_path):
     """`answers` maps the first folder of an address to what it answers; official and mirror, as `m.D4RL_URLS`."""
     answers, asked, urlopen = {}, [], urllib.request.urlopen
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: urlopen(url, timeout=timeout / 10))
+
+    def patient(url, timeout):
+        assert timeout <= 10
+        return urlopen(url, timeout=timeout / 10)  # a test need not wait as long
+
+    monkeypatch.setattr(urllib.request, "urlopen", patient)
     body = pathlib.Path(write_d4rl(tmp_path / "served.hdf5", d4rl_columns(obs_dim=11, act_dim=3))).read_bytes()
 
     class Handler(http.server.BaseHTTPRequestHandler):
