@@ -50,6 +50,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -181,6 +182,7 @@ class Args:
 # AntMaze (author's code base; the paper: --reward-scale 4 --reward-shift -2).
 TASKS = {
     # pattern: inverse temperature w, eta, further flags
+    r"antmaze-umaze(-diverse)?-v2": (10, 0.01, dict(reward_shift=-1.0)),  # not in the paper: medium-play's values
     r"antmaze-medium-play-v2": (10, 0.01, dict(reward_shift=-1.0, max_q_backup=True)),
     r"antmaze-medium-diverse-v2": (5, 0.001, dict(reward_shift=-1.0, max_q_backup=True)),
     r"antmaze-large-play-v2": (5, 0.3, dict(reward_shift=-1.0, max_q_backup=True)),
@@ -454,11 +456,151 @@ D4RL_TASKS = {  # successor of D4RL's environment, and D4RL's reference returns 
     "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
     "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
     "ant": ("Ant-v4", (-325.6, 3879.7)),
+    "antmaze": ("AntMaze", (0.0, 1.0)),  # a class of the dataset scripts
+    "kitchen": ("FrankaKitchen-v1", (0.0, 4.0)),
     "pen": ("AdroitHandPen-v1", (96.262799, 3076.8331017826877)),
     "door": ("AdroitHandDoor-v1", (-56.512833, 2880.5693087298737)),
     "hammer": ("AdroitHandHammer-v1", (-274.856578, 12794.134825156867)),
     "relocate": ("AdroitHandRelocate-v1", (-6.425911, 4233.877797728884)),
 }
+
+ANT_FILE = "ant_maze_v2/Ant_maze_{}_sparse_fixed.hdf5"
+D4RL_FILES = {  # folder and file on the servers; then its size in bytes and first digits of its SHA-256, where known
+    "antmaze-umaze-v2": (ANT_FILE.format("u-maze_noisy_multistart_False_multigoal_False"), 232532949, ""),
+    "antmaze-umaze-diverse-v2": (ANT_FILE.format("u-maze_noisy_multistart_True_multigoal_True"), 230854272, ""),
+    "antmaze-medium-play-v2": (ANT_FILE.format("big-maze_noisy_multistart_True_multigoal_False"), 231110764, ""),
+    "antmaze-medium-diverse-v2": (ANT_FILE.format("big-maze_noisy_multistart_True_multigoal_True"), 231095166, ""),
+    "antmaze-large-play-v2": (ANT_FILE.format("hardest-maze_noisy_multistart_True_multigoal_False"), 230880653, ""),
+    "antmaze-large-diverse-v2": (ANT_FILE.format("hardest-maze_noisy_multistart_True_multigoal_True"), 0, ""),
+    "kitchen-complete-v0": ("kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5", 556544, "cd797c38cd52dfbe"),
+    "kitchen-partial-v0": ("kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5", 19558459, "57bfd9c5"),
+    "kitchen-mixed-v0": ("kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5", 19560760, "a30382a5"),
+    "pen-cloned-v1": ("hand_dapg_v1/pen-cloned-v1.hdf5", 155074191, "6d1a982cee1950501bedebbddedbcbb3"),
+    "door-cloned-v1": ("hand_dapg_v1/door-cloned-v1.hdf5", 294356136, "1f6a60ecc4d2a2e5c02f41dd3412be61"),
+    "hammer-cloned-v1": ("hand_dapg_v1/hammer-cloned-v1.hdf5", 446616879, ""),
+    "relocate-cloned-v1": ("hand_dapg_v1/relocate-cloned-v1.hdf5", 581319494, "8baf2b7f"),
+}
+ANT_MAZES = {  # time limit, rows of 4 m cells: # wall, R start, G goal; play and diverse are two data sets of one task
+    "umaze": (700, "##### #R..# ###.# #G..# #####"),
+    "medium": (1000, "######## #R.##..# #..#...# ##...### #..#...# #.#..#.# #...#.G# ########"),
+    "large": (1000, "############ #R...#.....# #.##.#.#.#.# #......#...# #.####.###.# #..#.#.....# ##.#.#.#.### "
+                    "#..#...#.G.# ############"),
+}
+
+
+class AntMaze(gym.Env):
+    """D4RL's AntMaze -v2: an ant walks through a maze to within 0.5 m of a goal that it is not told.
+
+    Gymnasium's ant with D4RL's torque, time step and contacts: policies trained in D4RL's walk here as well as there
+    (`benchmark/antmaze_policies.py`). Observation (29): qpos (x, y, z, quaternion w x y z, 8 joints) and qvel (14); x
+    and y are 0 in the start cell, y grows with the map's row. Reward 1 and termination at the goal, else 0; falling
+    ends nothing. A step takes 0.1 s.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 1.0, (8,), np.float32)
+
+    def __init__(self, maze, render_mode=None):
+        self.render_mode, self.renderer = render_mode, None
+        cells = np.array([list(row) for row in ANT_MAZES[maze][1].split()])
+        centre = {mark: 4.0 * (np.argwhere(cells == mark)[:, ::-1] - 1) for mark in "#RG"}  # xy of the cells, m
+        spec = mujoco.MjSpec.from_file(str(pathlib.Path(gym.__file__).parent / "envs/mujoco/assets/ant.xml"))
+        for x, y in centre["#"]:
+            spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, 1], size=[2, 2, 1], contype=1,
+                                    conaffinity=1, rgba=[0.6, 0.5, 0.4, 1])
+        self.model = spec.compile()
+        self.model.opt.timestep = 0.02  # s, gymnasium 0.01
+        self.model.actuator_gear[:, 0] = 30  # N m at action 1, gymnasium 150
+        self.model.geom_solimp[:, :3] = 0.8, 0.8, 0.01  # gymnasium 0.9 0.95 0.001
+        self.data, self.goal_cell, self.middle = mujoco.MjData(self.model), centre["G"][0], centre["#"].mean(0)
+
+    def observation(self):
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)  # one-sided
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos += self.np_random.uniform(-0.1, 0.1, 15)
+        self.data.qvel = 0.1 * self.np_random.standard_normal(14)
+        mujoco.mj_normalizeQuat(self.model, self.data.qpos)  # as MuJoCo 2 did before the first observation
+        mujoco.mj_forward(self.model, self.data)
+        return self.observation(), {}
+
+    def step(self, action):
+        self.data.ctrl = action  # MuJoCo clips it to [-1, 1]
+        mujoco.mj_step(self.model, self.data, nstep=5)
+        success = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
+        return self.observation(), float(success), success, False, {"success": success}
+
+    def render(self):
+        """The maze from above, x to the right and y upwards; (480, 480, 3)."""
+        self.renderer = self.renderer or mujoco.Renderer(self.model, 480, 480)
+        camera = mujoco.MjvCamera()
+        camera.lookat[:2], camera.distance, camera.azimuth, camera.elevation = self.middle, 60, 90, -90
+        self.renderer.update_scene(self.data, camera)
+        return self.renderer.render()
+
+    def close(self):
+        if self.renderer is not None:
+            self.renderer.close()
+
+
+class Kitchen(gym.Wrapper):
+    """D4RL's kitchen -v0 on gymnasium-robotics' FrankaKitchen-v1, whose physics are the same.
+
+    Observation (60): qpos of the robot (9) and of the objects (21), both noisy, and the goal (30), which is 0 wherever
+    the four subtasks ask for nothing. Reward: how many subtasks come within 0.3 of their goals in this step, each
+    counted once; with the fourth the episode terminates. (D4RL's data reward a subtask in every step that it is done.)
+    """
+
+    def __init__(self, env, kind):
+        from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
+
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (60,), np.float64)
+        self.robot, self.goal = env.unwrapped.robot_env, np.zeros(30)
+        names = "microwave", "kettle", "light switch", "bottom burner" if kind == "mixed" else "slide cabinet"
+        self.subtasks = {name: OBS_ELEMENT_INDICES[name] for name in names}  # where in the 30 numbers
+        for name, index in self.subtasks.items():
+            self.goal[index] = OBS_ELEMENT_GOALS[name]
+        self.robot.robot_noise_ratio = 0.1  # of each joint's amplitude; it also disturbs the controller
+        self.noise = 0.1 * np.append(self.robot.robot_pos_noise_amp[9:], 0.005)  # the robot lacks the last amplitude
+        self.robot.model.geom_contype[1] = self.robot.model.geom_conaffinity[1] = 0  # D4RL's pedestal touches nothing
+
+    def observe(self, robot):
+        objects = self.robot.data.qpos[9:] + self.noise * self.robot.np_random.uniform(-1, 1, 21)
+        return np.concatenate([robot["observation"][:9], objects, self.goal])
+
+    def reset(self, *, seed=None, options=None):
+        self.todo = set(self.subtasks)
+        return self.observe(self.env.reset(seed=seed, options=options)[0]), {}
+
+    def step(self, action):
+        robot, _, _, truncated, _ = self.env.step(action)
+        observation = self.observe(robot)
+        error = observation[:30] - self.goal
+        done = {name for name in self.todo if np.linalg.norm(error[self.subtasks[name]]) < 0.3}
+        self.todo -= done
+        return observation, float(len(done)), not self.todo, truncated, {}
+
+
+class Adroit(gym.Wrapper):
+    """Gymnasium-robotics' AdroitHand -v1 with two rules of D4RL: an episode of pen ends when the pen drops, and in the
+    other tasks the distance from palm to object lowers the reward; releases 1.2.1 to 1.4.2 have that sign wrong."""
+
+    def __init__(self, env, task):
+        super().__init__(env)
+        self.task = task
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.task == "pen":
+            return observation, reward, bool(observation[26] < 0.075), truncated, info  # its height, m
+        palm_to_object = {"door": observation[35:38], "hammer": observation[33:36] - observation[36:39],
+                          "relocate": observation[30:33]}[self.task]  # m
+        return observation, reward - 0.2 * np.linalg.norm(palm_to_object), terminated, truncated, info
 
 
 def d4rl_task(env_id):
@@ -468,9 +610,13 @@ def d4rl_task(env_id):
         return match[1], "gym_mujoco_v2", f"{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
     if match := re.fullmatch(r"(pen|door|hammer|relocate)-(human|cloned|expert)-v1", env_id):
         return match[1], "hand_dapg_v1", f"{env_id}.hdf5"
+    if env_id in D4RL_FILES:
+        return env_id.split("-")[0], *D4RL_FILES[env_id][0].split("/")
     if re.fullmatch(rf"(antmaze|kitchen|pen|door|hammer|relocate)-[a-z-]+-v\d|[a-z0-9]+-({kinds})-v\d", env_id):
-        raise BadInput(f"--env-id {env_id} is not supported yet; of D4RL, locomotion -v2 (hopper, halfcheetah, "
-                       "walker2d, ant) and Adroit -v1 (human, cloned, expert) are")
+        raise BadInput(f"--env-id {env_id} is not supported; of D4RL, locomotion -v2 (hopper, halfcheetah, walker2d, "
+                       "ant), AntMaze -v2 (umaze, umaze-diverse, medium-play, medium-diverse, large-play, "
+                       "large-diverse), kitchen -v0 (complete, partial, mixed) and Adroit -v1 (human, cloned, expert) "
+                       "are")
     return None
 
 
@@ -526,8 +672,9 @@ def make_env(args, **kwargs):
         elif source(args) == "minari":
             env = minari_dataset(args).recover_environment(eval_env=True, **kwargs)
         else:
-            env_id = D4RL_TASKS[d4rl_task(args.env_id)[0]][0] if source(args) == "d4rl" else args.env_id
-            if env_id.startswith("Adroit"):
+            task, kind, *_ = args.env_id.split("-") if d4rl_task(args.env_id) else (None, None)
+            env_id = D4RL_TASKS[task][0] if task else args.env_id
+            if env_id.startswith(("Adroit", "Franka")):
                 import gymnasium_robotics
 
                 gym.register_envs(gymnasium_robotics)
@@ -535,7 +682,17 @@ def make_env(args, **kwargs):
                 kwargs["use_contact_forces"] = True  # D4RL's observation has them
             if env_id == "AdroitHandPen-v1":
                 kwargs["max_episode_steps"] = 100  # D4RL's limit; here it is 200
+            if task == "antmaze":
+                limit = ANT_MAZES[kind][0]
+                env_id = gym.envs.registration.EnvSpec(args.env_id, AntMaze, max_episode_steps=limit)
+                kwargs["maze"] = kind
+            if task == "kitchen":
+                kwargs["disable_env_checker"] = True  # it minds that the goal is the same object in every step
             env = gym.make(env_id, **kwargs)
+            if task == "kitchen":
+                env = Kitchen(env, kind)
+            if task in ("pen", "door", "hammer", "relocate"):
+                env = Adroit(env, task)
     except (gym.error.Error, ImportError, ValueError) as error:
         package = getattr(error, "name", None)  # of an import that failed
         advice = f"pip install {package.replace('_', '-').replace('PIL', 'pillow')}" if package else "see --help"
@@ -566,8 +723,10 @@ def normalized_score(episodic_return, reference):
     return 100 * (episodic_return - reference[0]) / (reference[1] - reference[0])
 
 
-def download_d4rl(folder, file, path):
+def download_d4rl(env_id, path):
     """Fetches a D4RL file to `path` from the first of D4RL_URLS that has it whole, and says which one served."""
+    _, folder, file = d4rl_task(env_id)
+    _, known_size, known_sha256 = D4RL_FILES.get(env_id, (None, 0, ""))
     failures, partial = [], path.with_suffix(f".{os.getpid()}.part")  # of this process alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -576,11 +735,15 @@ def download_d4rl(folder, file, path):
     for url in (template.format(folder=folder, file=file) for template in D4RL_URLS):
         try:
             with urllib.request.urlopen(url, timeout=10) as response, open(partial, "wb") as out:
-                size = int(response.headers.get("Content-Length") or 0)
+                size = int(response.headers.get("Content-Length") or known_size)
                 with tqdm.wrapattr(out, "write", total=size or None, desc=file) as bar:
                     shutil.copyfileobj(response, bar)
             if size and partial.stat().st_size != size:
                 raise OSError(f"only {partial.stat().st_size} of {size} bytes came")
+            if known_size and size != known_size:
+                raise OSError(f"{size} bytes are served, the file is known to have {known_size}")
+            if known_sha256 and not hashlib.sha256(partial.read_bytes()).hexdigest().startswith(known_sha256):
+                raise OSError(f"its SHA-256 does not begin with {known_sha256}, which is known of the file")
             read_d4rl(partial)  # keys and row counts
             os.replace(partial, path)
             print(f"downloaded {path} from {url}")
@@ -629,7 +792,7 @@ def load_d4rl(args):
     if path is None:
         path = pathlib.Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / task[2]
         if not path.exists():
-            download_d4rl(task[1], task[2], path)
+            download_d4rl(args.env_id, path)
     data, recorded_in = read_d4rl(path)
     env_id = D4RL_TASKS[task[0]][0] if task else args.env_id
     if recorded_in and recorded_in.split("-v")[0] != env_id.split("-v")[0]:

@@ -423,6 +423,8 @@ D4RL_TASKS = {  # successor of D4RL's environment, and D4RL's reference returns 
     "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
     "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
     "ant": ("Ant-v4", (-325.6, 3879.7)),
+    "antmaze": ("AntMaze", (0.0, 1.0)),  # a class of the dataset scripts
+    "kitchen": ("FrankaKitchen-v1", (0.0, 4.0)),
     "pen": ("AdroitHandPen-v1", (96.262799, 3076.8331017826877)),
     "door": ("AdroitHandDoor-v1", (-56.512833, 2880.5693087298737)),
     "hammer": ("AdroitHandHammer-v1", (-274.856578, 12794.134825156867)),

@@ -3,6 +3,7 @@
 No test needs a network or touches the home folder: servers are on 127.0.0.1, every folder is a temporary one. Each
 trap of data (time limits, goals, reference scores, reward timing, ...) has a test that fails if it is walked into.
 """
+import hashlib
 import http.server
 import io
 import itertools
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -292,10 +294,10 @@ def test_things_that_are_no_file(tmp_path):
     ("GymV21Environment-v0", "shimmy"),  # ImportError without a name
     ("no_such_module:Foo-v0", "no_such_module"),  # and here ModuleNotFoundError without a name
     ("Pendulum-v1", "--dataset-path"),  # exists, but its data were not given
-    ("antmaze-umaze-v2", "not supported yet"), ("antmaze-large-diverse-v2", "not supported yet"),
-    ("antmaze-medium-play-v0", "not supported yet"), ("kitchen-complete-v0", "not supported yet"),
-    ("kitchen-mixed-v0", "not supported yet"), ("hopper-medium-v0", "not supported yet"),
-    ("pen-human-v0", "not supported yet"), ("walker2d-expert-v1", "not supported yet"),
+    ("antmaze-umaze-v1", "not supported"), ("antmaze-large-v2", "not supported"),
+    ("antmaze-medium-play-v0", "not supported"), ("kitchen-complete-v1", "not supported"),
+    ("kitchen-new-v0", "not supported"), ("hopper-medium-v0", "not supported"),
+    ("pen-human-v0", "not supported"), ("walker2d-expert-v1", "not supported"),
 ])
 def test_bad_names_are_refused(tmp_path, env_id, message):
     assert message in refuse(tmp_path, "--env-id", env_id)
@@ -443,14 +445,33 @@ def answer_garbage(handler, body):
     handler.wfile.write(b"this is not HTTP\r\n\r\n")
 
 
+def answer_too_late(handler, body):
+    time.sleep(3)
+
+
+def answer_hanging(handler, body):
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body[:len(body) // 2])
+    handler.wfile.flush()
+    time.sleep(3)
+
+
 BAD_ANSWERS = [answer_404, answer_cut, answer_cut_chunk, answer_half_a_file, answer_html, answer_missing_key,
-               answer_unequal_rows, answer_nothing, answer_garbage]
+               answer_unequal_rows, answer_nothing, answer_garbage, answer_too_late, answer_hanging]
 
 
 @pytest.fixture
 def servers(monkeypatch, tmp_path):
     """`answers` maps the first folder of an address to what it answers; official and mirror, as `m.D4RL_URLS`."""
-    answers, asked = {}, []
+    answers, asked, urlopen = {}, [], urllib.request.urlopen
+
+    def patient(url, timeout):
+        assert timeout <= 10
+        return urlopen(url, timeout=timeout / 10)  # a test need not wait as long
+
+    monkeypatch.setattr(urllib.request, "urlopen", patient)
     body = pathlib.Path(write_d4rl(tmp_path / "served.hdf5", d4rl_columns(obs_dim=11, act_dim=3))).read_bytes()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -503,6 +524,50 @@ def test_where_every_server_fails_nothing_is_left(servers, own_folders, answer):
         load("hopper-medium-v2", None)
     message = str(caught.value)
     assert "/official/gym_mujoco_v2/hopper_medium-v2.hdf5" in message and "/mirror/hopper_medium-v2.hdf5" in message
+    assert len(asked) == 2 and files(own_folders) == {}
+
+
+def altered(handler, body):
+    """A sound file of the same length with other numbers in it."""
+    numbers = np.float32(9).tobytes() + np.float32(9.25).tobytes()  # of observation 9
+    assert numbers in body
+    answer_whole(handler, body.replace(numbers, numbers[::-1]))
+
+
+def longer(handler, body):
+    answer_whole(handler, body + bytes(7))
+
+
+@pytest.mark.parametrize("answer, complaint", [(altered, "SHA-256"), (longer, "bytes are served")])
+@pytest.mark.parametrize("known", ["all of its SHA-256", "some of its SHA-256", "its size"])
+def test_a_file_that_is_known_must_be_that_file(servers, own_folders, monkeypatch, answer, complaint, known):
+    """Size and SHA-256, whole or in part, where the table has them; one that is not known passes."""
+    answers, asked, body = servers
+    digits = {"a": 64, "s": 8, "i": 0}[known[0]]
+    monkeypatch.setitem(m.D4RL_FILES, "pen-cloned-v1", (
+        "hand_dapg_v1/pen-cloned-v1.hdf5", len(body), hashlib.sha256(body).hexdigest()[:digits]))
+    path = own_folders / "d4rl" / "pen-cloned-v1.hdf5"
+    answers |= {"official": answer, "mirror": answer_whole}
+    m.download_d4rl("pen-cloned-v1", path)
+    passed = answer is altered and digits == 0
+    assert len(asked) == (1 if passed else 2) and (path.read_bytes() == body) != passed
+    path.unlink()
+    answers["mirror"] = answer
+    if not passed:
+        with pytest.raises(m.BadInput, match=f"(?s){complaint}.*{complaint}"):
+            m.download_d4rl("pen-cloned-v1", path)
+        assert files(own_folders) == {}
+    monkeypatch.delitem(m.D4RL_FILES, "pen-cloned-v1")
+    m.download_d4rl("pen-cloned-v1", path)
+    assert path.exists()
+
+
+def test_a_server_that_names_no_length_and_sends_too_little(servers, own_folders, monkeypatch):
+    answers, asked, body = servers
+    monkeypatch.setitem(m.D4RL_FILES, "pen-cloned-v1", ("hand_dapg_v1/pen-cloned-v1.hdf5", len(body) + 1, ""))
+    answers |= {"official": answer_without_length, "mirror": answer_without_length}
+    with pytest.raises(m.BadInput, match=f"only {len(body)} of {len(body) + 1} bytes"):
+        m.download_d4rl("pen-cloned-v1", own_folders / "d4rl" / "pen-cloned-v1.hdf5")
     assert len(asked) == 2 and files(own_folders) == {}
 
 
@@ -792,7 +857,8 @@ def test_ogbench_without_data_and_network(tmp_path, monkeypatch, made_once):
     assert "--dataset-path" in refuse(tmp_path, "--env-id", CUBE)
 
 
-@pytest.mark.parametrize("env_id, package", [(CUBE, "ogbench"), ("door-human-v1", "gymnasium-robotics")])
+@pytest.mark.parametrize("env_id, package", [
+    (CUBE, "ogbench"), ("door-human-v1", "gymnasium-robotics"), ("kitchen-mixed-v0", "gymnasium-robotics")])
 def test_optional_packages_are_named_when_they_are_missing(tmp_path, monkeypatch, env_id, package):
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)  # import now raises ModuleNotFoundError
     assert f"pip install {package}" in refuse(tmp_path, "--env-id", env_id)
