@@ -80,7 +80,8 @@ class Args:
     compile: bool = False
     """compile the losses with torch.compile: faster after about half a minute (needs a C++ compiler on the CPU)"""
     cuda_graph: bool = True
-    """on a GPU, replay gradient steps as one CUDA graph instead of launching each of their operations"""
+    """on a GPU, replay gradient steps as a CUDA graph instead of launching each operation; offline ten at a time, so
+    log, evaluation and checkpoint intervals should be multiples of ten"""
     tf32: bool = False
     """on a GPU, round the factors of matrix products to TF32's 10 bits: faster, results differ slightly"""
     torch_deterministic: bool = True
@@ -483,6 +484,11 @@ class Agent(nn.Module):
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.critic_optimizer.param_groups[0]["lr"] = self.args.critic_learning_rate  # may be given anew
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):  # the checkpoint may come from another device
+            group, device = optimizer.param_groups[0], self.obs_mean.device
+            group["capturable"] = device.type == "cuda"
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"] = group["lr"].to(device)
 
 
 # ---------------------------------------------------------------- data

@@ -73,7 +73,8 @@ class Args:
     compile: bool = False
     """compile the losses with torch.compile: faster after about half a minute (needs a C++ compiler on the CPU)"""
     cuda_graph: bool = True
-    """on a GPU, replay gradient steps as one CUDA graph instead of launching each of their operations"""
+    """on a GPU, replay gradient steps as a CUDA graph instead of launching each operation; offline ten at a time, so
+    log, evaluation and checkpoint intervals should be multiples of ten"""
     tf32: bool = False
     """on a GPU, round the factors of matrix products to TF32's 10 bits: faster, results differ slightly"""
     torch_deterministic: bool = True
@@ -410,6 +411,7 @@ class Agent(nn.Module):
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             optimizer.param_groups[0]["lr"] = self.args.learning_rate  # may be given anew beside --resume
+            optimizer.param_groups[0]["capturable"] = self.obs_mean.is_cuda  # the checkpoint may be from a CPU
         self.updates = state["updates"]
 
 

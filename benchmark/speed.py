@@ -10,6 +10,7 @@ products of one update (2 per multiply-add); the peak is that of one large float
 import importlib
 import importlib.util
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -61,6 +62,8 @@ class Args:
     """also time compiled updates (on the CPU this needs a C++ compiler)"""
     peers: bool = True
     """also time stable-baselines3 and d3rlpy"""
+    out: pathlib.Path = ROOT / "benchmark" / "results"
+    """where the growth plots go"""
 
 
 def timed(args, call):
@@ -149,12 +152,15 @@ def matrix_peak(args):
 
 
 def waits(call):
-    """How often the host waits for the GPU in ten calls, by torch's profiler."""
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
-        for _ in range(10):
-            call()
-    waiting = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaDeviceSynchronize")
-    return sum(event.count for event in profile.key_averages() if event.key in waiting)
+    """How often the host waits for the GPU in three calls, by torch's profiler, which waits once itself."""
+    def counted(calls):
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+            for _ in range(calls):
+                call()
+        waiting = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaDeviceSynchronize")
+        return sum(event.count for event in profile.key_averages() if event.key in waiting)
+
+    return counted(3) - counted(0)
 
 
 def updates(args):
@@ -290,7 +296,7 @@ def growth(args):
         start = time.perf_counter()
         length = ofql_offline.evaluate(agent, options, 50)["eval/episodic_length"]
         row(f"untrained policy, {length:.0f} steps an episode", str(episodes), f"{time.perf_counter() - start:.1f}")
-    path = ROOT / "benchmark" / "results" / f"growth_{'cuda' if args.cuda else 'cpu'}.json"
+    path = args.out / f"growth_{'cuda' if args.cuda else 'cpu'}.json"
     path.write_text(json.dumps(found, indent=1))
     if importlib.util.find_spec("matplotlib"):
         import matplotlib
@@ -326,20 +332,25 @@ def memory(args):
                        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n")
             start, first = time.time(), None
             process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL)
+                                       stderr=sys.stderr)
             while process.poll() is None and first is None:
                 logs = list(pathlib.Path(folder, script).glob("*/metrics.jsonl"))
                 first = time.time() - start if logs and logs[0].stat().st_size else None
                 time.sleep(0.05)
             kilobytes = int(process.communicate()[0].split()[-1])
+            if process.returncode:
+                raise SystemExit(f"{script} failed with code {process.returncode}")
             row(script, f"{kilobytes / 2**20:.2f}", f"{first:.1f}")
 
 
 def main():
     args = tyro.cli(Args, description=__doc__.split("\n")[0])
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # this and the next lines as the scripts do
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     if args.cuda:
-        torch.cuda.set_stream(torch.cuda.Stream())  # as the scripts do
+        torch.cuda.set_stream(torch.cuda.Stream())
     name = torch.cuda.get_device_name() if args.cuda else platform.processor() or platform.machine()
     if not args.cuda and (cpuinfo := pathlib.Path("/proc/cpuinfo")).exists():
         name = cpuinfo.read_text().partition("model name")[2].split("\n")[0].strip("\t :") or name

@@ -1,9 +1,13 @@
 """On a GPU: graphs, compiled losses and TF32. Skipped elsewhere; test_behaviour.py imitates graphs on the CPU."""
 import importlib
+import os
 import shutil
+import signal
 
 import pytest
 import torch
+from test_behaviour import at_step, register_environments, write_data
+from test_behaviour import train as train_script
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SCRIPTS = ["mfql_offline", "ofql_offline", "mfql_offline_to_online", "som_online"]
@@ -14,6 +18,8 @@ def train(m, updates, graph=False, **flags):
     """The parameters of a small agent after so many updates: eager, or the last of them replayed ten at a time."""
     device = torch.device("cuda")
     torch.manual_seed(0)
+    if hasattr(m.Args, "offline_steps"):  # a schedule that the updates feel
+        flags = dict(flags, offline_steps=100)
     agent = m.Agent(11, 3, m.Args(**SMALL, **flags), device)
     replay = dict(observations=torch.randn(500, 11), actions=torch.rand(500, 3) * 2 - 1, rewards=torch.randn(500),
                   masks=torch.ones(500), next_observations=torch.randn(500, 11))
@@ -46,7 +52,8 @@ def test_graphs_equal_eager_updates(script):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_compiled_graphs_equal_eager_updates(script):
+def test_compiled_graphs_equal_eager_updates(script, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # SOM draws in the compiled loss
     m = importlib.import_module(script)
     assert_close(train(m, 50, graph=True, compile=True), train(m, 50))
 
@@ -64,3 +71,25 @@ def test_updates_never_wait_for_the_device(script):
         agent.update(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_whole_runs(script, tmp_path, monkeypatch):
+    """With graphs, without, and interrupted and resumed: alike. A run begun on the CPU goes on."""
+    m, data = importlib.import_module(script), write_data(tmp_path / "data.hdf5")
+    register_environments()
+    monkeypatch.setattr(m, "UPDATES_PER_REPLAY", 2, raising=False)
+
+    def parameters(run):
+        return torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")["agent"]
+
+    def cut(folder, device):
+        with at_step(monkeypatch, m, "row", 8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            run = train_script(m, data, tmp_path / folder, device, code=130)
+        assert m.main(["--resume", str(run), "--cuda"]) == 0
+        return run
+
+    graphs = parameters(train_script(m, data, tmp_path / "graphs", "--cuda"))
+    assert_close(parameters(train_script(m, data, tmp_path / "eager", "--cuda --no-cuda-graph")), graphs)
+    assert_close(parameters(cut("cut", "--cuda")), graphs)
+    assert all(value.isfinite().all() for value in parameters(cut("from_cpu", "--no-cuda")).values())
