@@ -32,6 +32,8 @@ class Args:
     """environments side by side; one gradient step for all of them, so that the UTD is 1 / num_envs"""
     learning_starts: int = 10_000
     """environment steps with random actions"""
+    tau: float = 0.005
+    """Polyak rate of the target critics (SAC's own; som_online.py has 0.02)"""
     eval_interval: int = 20_000
     """environment steps between two evaluations"""
     eval_episodes: int = 10
@@ -65,7 +67,7 @@ def main():
     (run_dir / "args.json").write_text(json.dumps(dict(args=asdict(args), versions=versions), indent=2))
     envs = make_vec_env(args.env_id, n_envs=args.num_envs, seed=args.seed)
     model = stable_baselines3.SAC("MlpPolicy", envs, learning_starts=args.learning_starts, train_freq=1,
-                                  gradient_steps=1, seed=args.seed, device="cpu")
+                                  gradient_steps=1, seed=args.seed, device="cpu", tau=args.tau)
     model.set_logger(Logger(folder=None, output_formats=[]))  # else it leaves folders in the temporary directory
     with (run_dir / "metrics.jsonl").open("w") as file:
         def log(metrics):
