@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -111,15 +111,16 @@ def flags(script, **more):
 def updating(args, script, options):
     """(seconds per update, FLOPs of one) of a script, eager, compiled or as a graph of ten updates."""
     module, device = importlib.import_module(script), torch.device("cuda" if args.cuda else "cpu")
-    agent = module.Agent(OBS_DIM, ACT_DIM, options, device)
     replay = made_up_replay(100_000, device)
+    eager = module.Agent(OBS_DIM, ACT_DIM, replace(options, compile=False), device)
+    with FlopCounterMode(display=False) as counter:  # of an eager update: compiled functions would not run under it
+        eager.update(module.sample(replay, options.batch_size))
+    agent = module.Agent(OBS_DIM, ACT_DIM, options, device)
 
     def update():
         return agent.update(module.sample(replay, options.batch_size))
 
     for _ in range(3):
-        update()
-    with FlopCounterMode(display=False) as counter:
         update()
     call, count = update, 1
     if args.cuda and options.cuda_graph:
