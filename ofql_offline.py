@@ -600,7 +600,10 @@ class Adroit(gym.Wrapper):
 
     def __init__(self, env, task):
         super().__init__(env)
-        self.task = task
+        self.task, version = task, importlib.metadata.version("gymnasium-robotics")
+        if version != "1.4.2":  # another one may have the sign right already
+            raise BadInput(f"D4RL's {task} is rebuilt on gymnasium-robotics 1.4.2, not {version}: pip install "
+                           "gymnasium-robotics==1.4.2 mujoco==3.11.0")
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
@@ -703,7 +706,8 @@ def make_env(args, **kwargs):
                 env = Adroit(env, task)
     except (gym.error.Error, ImportError, ValueError) as error:
         package = getattr(error, "name", None)  # of an import that failed
-        advice = f"pip install {package.replace('_', '-').replace('PIL', 'pillow')}" if package else "see --help"
+        package = {"PIL": "pillow", "gymnasium_robotics": "gymnasium-robotics==1.4.2"}.get(package, package)
+        advice = f"pip install {package} mujoco==3.11.0" if package else "see --help"
         raise BadInput(f"--env-id {args.env_id} cannot be made ({error}): {advice}") from error
     if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
         env = gym.wrappers.FlattenObservation(env)  # every entry, the goal included
@@ -904,7 +908,7 @@ def sample(replay, batch_size, first=0, end=None):
     return {key: value[index] for key, value in replay.items()}
 
 
-UPDATES_PER_REPLAY = 10
+UPDATES_PER_REPLAY = 10  # gradient steps of one CUDA graph
 
 
 def capture(update, count):

@@ -3,6 +3,7 @@
 Maps, limits, formulas and numbers are typed anew here, or computed in another way than the script does. No network.
 """
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -345,6 +346,15 @@ def test_a_random_policys_return_is_d4rls_minimum(task, minimum, tolerance):
             returns[-1] += reward
             assert (terminated, truncated) == (False, step == 200)
     assert np.mean(returns) == pytest.approx(minimum, abs=tolerance)
+
+
+@pytest.mark.parametrize("task", ["pen", "door"])
+def test_adroit_wants_the_release_that_it_repairs(monkeypatch, task):
+    """In another the sign may be right already, and the repair would then be the fault."""
+    pytest.importorskip("gymnasium_robotics")
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.5.0")
+    with pytest.raises(m.BadInput, match="gymnasium-robotics==1.4.2 mujoco==3.11.0"):
+        m.make_env(m.Args(env_id=f"{task}-human-v1"))
 
 
 @pytest.mark.parametrize("task", ["door", "hammer", "relocate"])
