@@ -902,6 +902,9 @@ def flatten_entries(space, values):
 
 def load_minari(args):
     """Minari stores an episode's last observation too, so no row is lost."""
+    if match := re.match("D4RL/(antmaze|kitchen)/", args.env_id):
+        print(f"{args.env_id} is Minari's own {match[1]}, neither D4RL's data nor its task: its scores do not compare "
+              "with the papers'", file=sys.stderr)
     dataset, columns, returns = minari_dataset(args), [], []
     space = dataset.recover_environment(eval_env=True).observation_space  # the file's has its entries in other order
     try:

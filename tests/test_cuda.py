@@ -8,54 +8,25 @@ import pytest
 import torch
 from test_behaviour import at_step, register_environments, write_data
 from test_behaviour import train as train_script
+from test_compile import SCRIPTS, SMALL, assert_close, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-SCRIPTS = ["mfql_offline", "ofql_offline", "mfql_offline_to_online", "som_online"]
-SMALL = dict(policy_width=64, policy_depth=2, critic_width=64, critic_depth=2, batch_size=64)
-
-
-def train(m, updates, graph=False, **flags):
-    """The parameters of a small agent after so many updates: eager, or the last of them replayed ten at a time."""
-    device = torch.device("cuda")
-    torch.manual_seed(0)
-    if hasattr(m.Args, "offline_steps"):  # a schedule that the updates feel
-        flags = dict(flags, offline_steps=100)
-    agent = m.Agent(11, 3, m.Args(**SMALL, **flags), device)
-    replay = dict(observations=torch.randn(500, 11), actions=torch.rand(500, 3) * 2 - 1, rewards=torch.randn(500),
-                  masks=torch.ones(500), next_observations=torch.randn(500, 11))
-    replay = {key: value.to(device) for key, value in replay.items()}
-
-    def update():
-        return agent.update(m.sample(replay, 64))
-
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(10 if graph else updates):
-            update()
-        if graph:
-            replay_updates = m.capture(update, 10)
-            for _ in range(updates // 10 - 1):
-                replay_updates()
-        torch.cuda.synchronize()
-    return {name: value.clone() for name, value in agent.state_dict().items()}
-
-
-def assert_close(found, expected):
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
+CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_graphs_equal_eager_updates(script):
     m = importlib.import_module(script)
-    assert_close(train(m, 50, graph=True), train(m, 50))
+    assert_close(train(m, 50, CUDA, graph=True), train(m, 50, CUDA))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_compiled_graphs_equal_eager_updates(script, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # SOM draws in the compiled loss
+def test_compiled_graphs_equal_eager_updates(script):
     m = importlib.import_module(script)
-    assert_close(train(m, 50, graph=True, compile=True), train(m, 50))
+    with torch._inductor.config.patch(fallback_random=True):  # SOM draws in the compiled loss
+        compiled = train(m, 50, CUDA, graph=True, compile=True)
+    assert_close(compiled, train(m, 50, CUDA))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

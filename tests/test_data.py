@@ -652,6 +652,17 @@ def test_minari_rows_masks_and_order_of_entries(kind, where, tmp_path, monkeypat
     assert {value.dtype for value in data.values()} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize("dataset_id, own", [
+    ("D4RL/antmaze/umaze-v1", "antmaze"), ("D4RL/kitchen/mixed-v2", "kitchen"), ("D4RL/door/human-v2", None)])
+def test_minari_antmaze_and_kitchen_are_not_d4rls(dataset_id, own, capsys):
+    collect(dataset_id)
+    m.load_minari(m.Args(env_id=dataset_id))
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "neither" in line] == (
+        [f"{dataset_id} is Minari's own {own}, neither D4RL's data nor its task: its scores do not compare with the "
+         "papers'"] if own else [])
+
+
 def test_bundled_dataset():
     """The data of the run without arguments, as the README states them; also covers Minari where jax is missing."""
     args = m.Args()
