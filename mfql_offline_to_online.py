@@ -753,6 +753,8 @@ def make_env(args, **kwargs):
         if source(args) == "ogbench":
             import ogbench
 
+            if args.env_id.startswith("visual-"):  # before OpenGL is asked for frames
+                raise BadInput(f"--env-id {args.env_id}: pixel tasks are not supported (benchmark/pixels.md)")
             env = ogbench.make_env_and_datasets(args.env_id, env_only=True, success_timing="post", **kwargs)
             env = SeedNumPy(env)
         elif source(args) == "minari":

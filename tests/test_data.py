@@ -652,6 +652,12 @@ def test_minari_rows_masks_and_order_of_entries(kind, where, tmp_path, monkeypat
     assert {value.dtype for value in data.values()} == {np.dtype(np.float32)}
 
 
+def test_pixel_tasks_are_refused_before_anything_is_rendered():
+    pytest.importorskip("ogbench")
+    with pytest.raises(m.BadInput, match="visual-scene.*pixel tasks are not supported"):
+        m.make_env(m.Args(env_id="visual-scene-play-singletask-task1-v0"))
+
+
 @pytest.mark.parametrize("dataset_id, own", [
     ("D4RL/antmaze/umaze-v1", "antmaze"), ("D4RL/kitchen/mixed-v2", "kitchen"), ("D4RL/door/human-v2", None)])
 def test_minari_antmaze_and_kitchen_are_not_d4rls(dataset_id, own, capsys):
