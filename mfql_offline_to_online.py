@@ -991,20 +991,20 @@ def sample(replay, batch_size, first=0, end=None):
 UPDATES_PER_REPLAY = 10  # gradient steps of one CUDA graph
 
 
-def capture(update, count):
-    """`count` calls of `update` as one CUDA graph, launched at once instead of operation by operation.
+def capture(function, count):
+    """`count` calls of `function` as one CUDA graph, launched at once instead of operation by operation.
 
-    Returns a function that replays them and returns the last losses. `update` must have run before, must read its
+    Returns a function that replays them and returns the last result. `function` must have run before, must read its
     state from tensors alone, and may not wait for the device.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(count):
-            parts = update()
+            result = function()
 
     def replay():
         graph.replay()
-        return parts
+        return result
 
     return replay
 
@@ -1323,8 +1323,13 @@ def main(argv=None):
     bar = tqdm(total=total, initial=step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step, clock_updates = time.time(), step, agent.step
     graphs, graphs_from = args.cuda_graph and device.type == "cuda", agent.step + 3
-    replay_updates = replay_online = None
+    replay_updates = replay_act = replay_online = None
     parts, stop, filled = {}, False, torch.tensor(data_rows, device=device)
+    current = torch.zeros_like(replay["observations"][:1])  # observation to act on, always in the same place
+
+    def act():
+        actions = agent.act(current, args.num_candidates, None)
+        return (actions + args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
 
     def update():
         if step < args.offline_steps:
@@ -1352,14 +1357,15 @@ def main(argv=None):
                 parts = update()
             agent.step += count
         else:
-            observations = torch.as_tensor(observation, dtype=torch.float32, device=device).unsqueeze(0)
-            actions = agent.act(observations, args.num_candidates, None)
-            actions = (actions + args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
+            current[0] = torch.as_tensor(observation)
+            if graphs and agent.step >= graphs_from:
+                replay_act = replay_act or capture(act, 1)
+            actions = (replay_act or act)()
             action = actions[0].cpu()
             observation, reward, terminated, truncated, _ = env.step(action.numpy())
             next_observations = torch.as_tensor(observation, dtype=torch.float32, device=device)
             row = ring_row(running["steps"], data_rows, capacity, args)
-            replay["observations"][row] = (observations[0] - agent.obs_mean) / agent.obs_std
+            replay["observations"][row] = (current[0] - agent.obs_mean) / agent.obs_std
             replay["next_observations"][row] = (next_observations - agent.obs_mean) / agent.obs_std
             replay["actions"][row] = actions[0]
             replay["rewards"][row] = reward_scale * float(reward) + reward_shift

@@ -916,20 +916,20 @@ def sample(replay, batch_size, first=0, end=None):
 UPDATES_PER_REPLAY = 10  # gradient steps of one CUDA graph
 
 
-def capture(update, count):
-    """`count` calls of `update` as one CUDA graph, launched at once instead of operation by operation.
+def capture(function, count):
+    """`count` calls of `function` as one CUDA graph, launched at once instead of operation by operation.
 
-    Returns a function that replays them and returns the last losses. `update` must have run before, must read its
+    Returns a function that replays them and returns the last result. `function` must have run before, must read its
     state from tensors alone, and may not wait for the device.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(count):
-            parts = update()
+            result = function()
 
     def replay():
         graph.replay()
-        return parts
+        return result
 
     return replay
 

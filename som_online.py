@@ -528,20 +528,20 @@ def sample(replay, batch_size, first=0, end=None):
     return {key: value[index] for key, value in replay.items()}
 
 
-def capture(update, count):
-    """`count` calls of `update` as one CUDA graph, launched at once instead of operation by operation.
+def capture(function, count):
+    """`count` calls of `function` as one CUDA graph, launched at once instead of operation by operation.
 
-    Returns a function that replays them and returns the last losses. `update` must have run before, must read its
+    Returns a function that replays them and returns the last result. `function` must have run before, must read its
     state from tensors alone, and may not wait for the device.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(count):
-            parts = update()
+            result = function()
 
     def replay():
         graph.replay()
-        return parts
+        return result
 
     return replay
 
@@ -786,8 +786,14 @@ def main(argv=None):
                mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step, clock_updates = time.time(), agent.step, agent.updates
     burst = max(round(args.utd * args.num_envs), 1)  # gradient steps per step of all environments
-    graphs, graphs_from, replay_updates = args.cuda_graph and device.type == "cuda", agent.updates + 3, None
+    graphs, graphs_from = args.cuda_graph and device.type == "cuda", agent.updates + 3
+    replay_act = replay_updates = None
     parts, stop, filled = {}, False, torch.tensor(0, device=device)
+    current = torch.zeros(args.num_envs, obs_dim, device=device)  # observations to act on, always in the same place
+
+    def act():
+        actions = agent.act(current, args.num_candidates)
+        return (actions + args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
 
     def update():
         return agent.update(sample(replay, args.batch_size, 0, filled))
@@ -804,8 +810,10 @@ def main(argv=None):
         if agent.step < args.learning_starts:
             actions = 2 * torch.rand(args.num_envs, act_dim, device=device) - 1
         else:
-            actions = agent.act(torch.as_tensor(observations, dtype=torch.float32, device=device), args.num_candidates)
-            actions = (actions + args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
+            current.copy_(torch.as_tensor(observations))
+            if graphs and agent.updates >= graphs_from:
+                replay_act = replay_act or capture(act, 1)
+            actions = (replay_act or act)()
         played = actions.cpu()
         next_observations, rewards, terminated, truncated, _ = envs.step(played.numpy())
         done = terminated | truncated

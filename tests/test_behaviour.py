@@ -734,30 +734,31 @@ class Recorder(TorchDispatchMode):
         self.calls.append((operation, operands, options or {}, found))
         return found
 
-    def again(self, results):
-        """Runs what was recorded once more; returns the tensors that stand for `results`."""
+    @torch.no_grad()  # the operations of backward passes are among those recorded
+    def again(self, result):
+        """Runs what was recorded once more; returns the tensors that stand for those of `result`."""
         new = {}
         for operation, operands, options, found in self.calls:
             current = tree_map_only(torch.Tensor, lambda tensor: new.get(id(tensor), tensor), (operands, options))
             outputs = operation(*current[0], **current[1])
             for old, output in zip(tree_leaves(found), tree_leaves(outputs)):
                 new.setdefault(id(old), output)
-        return {name: new[id(value)] for name, value in results.items()}
+        return tree_map_only(torch.Tensor, lambda tensor: new[id(tensor)], result)
 
 
 def as_on_a_gpu(m, counts):
     """The script with its graphs switched on, although there is no GPU, and bursts of 2; `counts` counts replays."""
-    def capture(update, count):
-        recorder, parts = Recorder(), {}
+    def capture(function, count):
+        recorder, results = Recorder(), []
 
         def replay():
-            counts[count] += 1
+            counts[function.__name__, count] += 1
             if recorder.calls:
-                return recorder.again(parts)
+                return recorder.again(results[-1])
             with recorder:  # a real capture runs nothing, so that this is capture and first replay in one
                 for _ in range(count):
-                    parts.update(update())
-            return parts
+                    results.append(function())
+            return results[-1]
 
         return replay
 
@@ -784,8 +785,9 @@ def test_replayed_updates_equal_eager_ones(m, data, tmp_path, monkeypatch):
                                 old(alpha, history, 99 * step * loss, 2000 * step, args))
     whole = train(m, data, tmp_path / "eager", *more)
     assert_same_run(train(graphs, data, tmp_path / "graphs", *more), whole)
-    expected = {"mfql_offline": {2: 10}, "ofql_offline": {2: 10}, "mfql_offline_to_online": {2: 6, 1: 13},
-                "som_online": {2: 22}}
+    expected = {"mfql_offline": {("update", 2): 10}, "ofql_offline": {("update", 2): 10},
+                "mfql_offline_to_online": {("update", 2): 6, ("update", 1): 13, ("act", 1): 6},
+                "som_online": {("update", 2): 22, ("act", 1): 22}}
     assert counts == expected[m.SCRIPT]
 
 
