@@ -28,10 +28,10 @@ Deviations of the code (followed here) from the paper: critic learning rate 3e-4
 initialisation (paper Kaiming), power 0.2 weights and clipping of g_tgt to +-5 in the cloning loss.
 The paper has no D4RL locomotion results; defaults for those tasks are ours (`TASKS`, `benchmark/results/`).
 
-The online phase (authors' code, main.py): after W gradient steps on the data the policy acts in the environment, by
-Eq. (5) and without further noise, each transition joins the data, and a gradient step with the same losses follows.
-The statistics of the observations stay those of the data, the actor's learning rate is constant, alpha goes on as it
-was. The steps of the log are gradient steps offline and, counted on from there, environment steps online.
+The online phase (authors' code, main_meanflowql.py): after W gradient steps on the data the policy acts in the
+environment, by Eq. (5) and without further noise, each transition joins the data, and a gradient step with the same
+losses follows. The statistics of the observations stay those of the data, the actor's learning rate is constant,
+alpha goes on as it was. The steps of the log are gradient steps offline and, from there on, environment steps online.
 """
 import argparse
 import hashlib
@@ -118,13 +118,14 @@ class Args:
     offline_steps: int = 1_000_000
     """number of gradient steps W on the data alone; the actor's learning rate decays over them"""
     online_steps: int = 1_000_000
-    """number of environment steps after those; 0 makes this script mfql_offline.py"""
+    """number of environment steps after those; 0 makes this script mfql_offline.py with the same flags"""
     utd: float = 1.0
     """gradient steps per environment step in the online phase"""
     from_checkpoint: str | None = None
     """run folder or checkpoint.pt of mfql_offline.py: its flags, networks and optimisers, and only the online phase"""
     buffer_size: int = 2_000_000
-    """transitions that the replay buffer holds, at least the data; when it is full the oldest give way"""
+    """transitions that the replay buffer holds, at least the data; when it is full the oldest give way (with
+    --balanced-sampling the oldest new ones)"""
     balanced_sampling: bool = False
     """online, half of each batch from the data and half from the new transitions, instead of all alike"""
     exploration_noise: float = 0.0
@@ -132,7 +133,8 @@ class Args:
     online_actor_learning_rate: float | None = None
     """step size of the actor in the online phase; None is where the offline phase ends, a tenth of the peak"""
     online_alpha: float | None = None
-    """alpha to which the online phase moves; None is the paper's single alpha, with its --alpha-schedule"""
+    """alpha to which the online phase moves, and which it keeps; None is the paper's single alpha, with its
+    --alpha-schedule. A smaller one serves better where --alpha is large: on Adroit 300 to 3000 (third-party runs)"""
     online_alpha_steps: int = 1
     """gradient steps over which alpha moves to --online-alpha, on a straight line"""
     batch_size: int = 256
@@ -166,7 +168,8 @@ class Args:
     alpha: float = 1.0
     """weight of the cloning loss in the actor loss, Eq. (7): larger stays closer to the data"""
     alpha_schedule: Literal["adaptive", "constant", "cosine"] = "adaptive"
-    """adaptive: Eq. (9), the paper's; constant: alpha throughout; cosine: alpha decays to a tenth over the run"""
+    """adaptive: Eq. (9), the paper's; constant: alpha throughout; cosine: alpha decays to a tenth over the
+    offline steps"""
     normalize_q_loss: bool = True
     """divide the Q term of Eq. (7) by the batch mean of |Q|, which frees alpha from the scale of the rewards"""
     q_aggregation: Literal["mean", "min"] = "mean"
@@ -185,7 +188,7 @@ class Args:
     bound_weight: float = 1.0
     """weight of L_bound, Eq. (8)"""
     actor_learning_rate: float = 1e-4
-    """peak of the actor's Adam step size: linear warm-up over 5 % of the run, then a cosine down to a tenth of it"""
+    """peak of the actor's Adam step size: linear warm-up over 5 % of the offline steps, then a cosine to its tenth"""
     critic_learning_rate: float = 3e-4
     """Adam step size of the critic, constant"""
     max_grad_norm: float = 1.0
@@ -1038,8 +1041,9 @@ def make_video_env(args, folder, prefix):
         raise BadInput(f"--capture-video: {error} (pip install moviepy; MUJOCO_GL=egl without a screen)") from error
 
 
-def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
+def evaluate(agent, args, num_candidates, reference=None, video_dir=None, step=0):
     """Runs --eval-episodes episodes side by side, number i seeded with 1000 * seed + i; returns the eval/ metrics.
+    `step` names the video.
 
     Environments and random generator are its own, so training does not notice.
     """
@@ -1047,7 +1051,7 @@ def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
     generator = torch.Generator(device).manual_seed(args.seed)
     makers = [lambda: make_env(args)] * count
     if video_dir is not None:
-        makers[0] = lambda: make_video_env(args, video_dir, f"step-{agent.step}-n-{num_candidates}")
+        makers[0] = lambda: make_video_env(args, video_dir, f"step-{step}-n-{num_candidates}")
     envs = gym.vector.SyncVectorEnv(makers)
     observations, _ = envs.reset(seed=[1000 * args.seed + i for i in range(count)])
     returns, lengths, successes, running = np.zeros(count), np.zeros(count), None, np.ones(count, dtype=bool)
@@ -1149,10 +1153,14 @@ def parse_args(argv=None):
     for key, value in asdict(args).items():
         flag = f"--{key.replace('_', '-')} {value}"
         least = 0 if key in ("seed", "ema_start", "online_steps") else 1
+        if value == "":
+            raise BadInput(f"{flag}is empty; is a shell variable unset?")
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**63:
             raise BadInput(f"{flag}: must be at least {least} and fit into 64 bits")
         if isinstance(value, float) and not (value >= 0 or key in ("reward_shift", "time_mean") and value > -math.inf):
             raise BadInput(f"{flag}: must be at least 0")
+        if key == "utd" and value == math.inf:
+            raise BadInput(f"{flag}: must be finite")
         if key in ("gamma", "tau") and not 0 <= value <= 1:
             raise BadInput(f"{flag}: must lie between 0 and 1")
         if checkpoint is not None and key not in ("resume", "evaluate") and value != getattr(defaults, key):
@@ -1218,7 +1226,8 @@ def main(argv=None):
         except (RuntimeError, KeyError, ValueError) as error:
             raise BadInput(f"--from-checkpoint {args.from_checkpoint} does not fit these flags, or is a policy.pt, "
                            f"which cannot be trained on ({str(error).splitlines()[0]})") from error
-        for key in ("env_id", "observation_normalization"):
+        for key in ("env_id", "observation_normalization", "policy_form", "reward_normalization", "reward_scale",
+                    "reward_shift"):
             if offline["args"][key] != getattr(args, key):
                 raise BadInput(f"--from-checkpoint {args.from_checkpoint} was trained with --{key.replace('_', '-')} "
                                f"{offline['args'][key]}, not {getattr(args, key)}")
@@ -1227,7 +1236,7 @@ def main(argv=None):
     candidates = args.num_candidates_eval or args.num_candidates
     if args.evaluate:
         video_dir = checkpoint_path.parent / "videos" if args.capture_video else None
-        metrics = evaluate(agent, args, candidates, reference, video_dir)
+        metrics = evaluate(agent, args, candidates, reference, video_dir, agent.step)
         print(json.dumps({"step": agent.step, "num_candidates": candidates, **metrics}))
         return 0
 
@@ -1246,15 +1255,16 @@ def main(argv=None):
         raise BadInput(f"{checkpoint_path or args.from_checkpoint} was trained on other data than "
                        f"{args.dataset_path or args.env_id} holds")
     data_rows = len(data["rewards"])
-    fixed = ["seed", "buffer_size", "balanced_sampling"] if args.resume else []
+    fixed = ["seed", "observation_normalization"] if args.resume else []
     if args.resume and checkpoint["running"]["steps"]:
-        fixed += ["offline_steps", "utd"]
+        fixed += ["env_id", "offline_steps", "utd", "buffer_size", "balanced_sampling", "reward_normalization",
+                  "reward_scale", "reward_shift"]
     elif args.resume and args.offline_steps < agent.step:
         raise BadInput(f"--offline-steps {args.offline_steps}: {agent.step} have been done")
     for key in fixed:
         if getattr(args, key) != checkpoint["args"][key]:
-            raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run: its unfinished episode and its "
-                           "replay buffer go on")
+            raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run: what it has learned and "
+                           "collected depends on it")
     online_rows = max(args.online_steps, checkpoint["running"]["steps"] if args.resume else 0)
     capacity = max(data_rows, min(args.buffer_size, data_rows + online_rows))
     if args.balanced_sampling and args.online_steps and capacity == data_rows:
@@ -1306,7 +1316,7 @@ def main(argv=None):
           f"{summary['mean_return']:.1f}{score}, best {summary['best_return']:.1f}; run folder {run_dir}")
 
     def evaluate_and_log(prefix, num_candidates):
-        metrics = evaluate(agent, args, num_candidates, reference, video_dir)
+        metrics = evaluate(agent, args, num_candidates, reference, video_dir, step)
         log(step, {name.replace("eval/", prefix): value for name, value in metrics.items()})
         text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
         tqdm.write(f"step {step}, N = {num_candidates}: {text}")
@@ -1322,10 +1332,11 @@ def main(argv=None):
     step, total = min(agent.step, args.offline_steps) + running["steps"], args.offline_steps + args.online_steps
     bar = tqdm(total=total, initial=step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step, clock_updates = time.time(), step, agent.step
+    # A graph may only hold what has run before: three updates launch operation by operation first.
     graphs, graphs_from = args.cuda_graph and device.type == "cuda", agent.step + 3
     replay_updates = replay_act = replay_online = None
     parts, stop, filled = {}, False, torch.tensor(data_rows, device=device)
-    current = torch.zeros_like(replay["observations"][:1])  # observation to act on, always in the same place
+    current = torch.zeros_like(replay["observations"][:1])  # where the graph of `act` reads its observation
 
     def act():
         actions = agent.act(current, args.num_candidates, None)
@@ -1342,7 +1353,7 @@ def main(argv=None):
             paused = time.time()
             evaluate_and_log("eval/", candidates)
             if change:
-                graphs_from = max(graphs_from, agent.step + 3)  # the online batches are drawn by other operations
+                graphs_from = max(graphs_from, agent.step + 3)  # acting and the online batches are new
                 evaluate_and_log("eval_n1/", 1)
                 tqdm.write(f"step {step}: the online phase begins")
             clock += time.time() - paused

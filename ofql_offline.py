@@ -948,8 +948,9 @@ def make_video_env(args, folder, prefix):
         raise BadInput(f"--capture-video: {error} (pip install moviepy; MUJOCO_GL=egl without a screen)") from error
 
 
-def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
+def evaluate(agent, args, num_candidates, reference=None, video_dir=None, step=0):
     """Runs --eval-episodes episodes side by side, number i seeded with 1000 * seed + i; returns the eval/ metrics.
+    `step` names the video.
 
     Environments and random generator are its own, so training does not notice.
     """
@@ -957,7 +958,7 @@ def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
     generator = torch.Generator(device).manual_seed(args.seed)
     makers = [lambda: make_env(args)] * count
     if video_dir is not None:
-        makers[0] = lambda: make_video_env(args, video_dir, f"step-{agent.step}-n-{num_candidates}")
+        makers[0] = lambda: make_video_env(args, video_dir, f"step-{step}-n-{num_candidates}")
     envs = gym.vector.SyncVectorEnv(makers)
     observations, _ = envs.reset(seed=[1000 * args.seed + i for i in range(count)])
     returns, lengths, successes, running = np.zeros(count), np.zeros(count), None, np.ones(count, dtype=bool)
@@ -1059,10 +1060,14 @@ def parse_args(argv=None):
     for key, value in asdict(args).items():
         flag = f"--{key.replace('_', '-')} {value}"
         least = 0 if key in ("seed", "ema_start", "online_steps") else 1
+        if value == "":
+            raise BadInput(f"{flag}is empty; is a shell variable unset?")
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**63:
             raise BadInput(f"{flag}: must be at least {least} and fit into 64 bits")
         if isinstance(value, float) and not (value >= 0 or key in ("reward_shift", "time_mean") and value > -math.inf):
             raise BadInput(f"{flag}: must be at least 0")
+        if key == "utd" and value == math.inf:
+            raise BadInput(f"{flag}: must be finite")
         if key in ("gamma", "tau") and not 0 <= value <= 1:
             raise BadInput(f"{flag}: must lie between 0 and 1")
         if checkpoint is not None and key not in ("resume", "evaluate") and value != getattr(defaults, key):
@@ -1097,7 +1102,7 @@ def main(argv=None):
     candidates = args.num_candidates_eval or args.num_candidates
     if args.evaluate:
         video_dir = checkpoint_path.parent / "videos" if args.capture_video else None
-        metrics = evaluate(agent, args, candidates, reference, video_dir)
+        metrics = evaluate(agent, args, candidates, reference, video_dir, agent.step)
         print(json.dumps({"step": agent.step, "num_candidates": candidates, **metrics}))
         return 0
 
@@ -1114,6 +1119,8 @@ def main(argv=None):
             agent.obs_std.copy_(torch.where(std < 1e-6, 1.0, std))
     elif checkpoint["data"]["sha256"] != summary["sha256"]:
         raise BadInput(f"{checkpoint_path} was trained on other data than {args.dataset_path or args.env_id} holds")
+    elif checkpoint["args"]["observation_normalization"] != args.observation_normalization:
+        raise BadInput("--observation-normalization cannot change in a resumed run")
     replay = {key: torch.as_tensor(value, device=device) for key, value in data.items()}
     for key in ("observations", "next_observations"):
         replay[key] = (replay[key] - agent.obs_mean) / agent.obs_std
@@ -1142,7 +1149,7 @@ def main(argv=None):
           f"{summary['mean_return']:.1f}{score}, best {summary['best_return']:.1f}; run folder {run_dir}")
 
     def evaluate_and_log(prefix, num_candidates):
-        metrics = evaluate(agent, args, num_candidates, reference, video_dir)
+        metrics = evaluate(agent, args, num_candidates, reference, video_dir, agent.step)
         log(agent.step, {name.replace("eval/", prefix): value for name, value in metrics.items()})
         text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
         tqdm.write(f"step {agent.step}, N = {num_candidates}: {text}")
@@ -1156,6 +1163,7 @@ def main(argv=None):
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
     bar = tqdm(total=args.offline_steps, initial=agent.step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step = time.time(), agent.step
+    # A graph may only hold what has run before: three updates launch operation by operation first.
     graphs, graphs_from, replay_updates = args.cuda_graph and device.type == "cuda", agent.step + 3, None
     stop = False
 

@@ -560,8 +560,9 @@ def make_video_env(args, folder, prefix):
         raise BadInput(f"--capture-video: {error} (pip install moviepy; MUJOCO_GL=egl without a screen)") from error
 
 
-def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
+def evaluate(agent, args, num_candidates, reference=None, video_dir=None, step=0):
     """Runs --eval-episodes episodes side by side, number i seeded with 1000 * seed + i; returns the eval/ metrics.
+    `step` names the video.
 
     Environments and random generator are its own, so training does not notice.
     """
@@ -569,7 +570,7 @@ def evaluate(agent, args, num_candidates, reference=None, video_dir=None):
     generator = torch.Generator(device).manual_seed(args.seed)
     makers = [lambda: make_env(args)] * count
     if video_dir is not None:
-        makers[0] = lambda: make_video_env(args, video_dir, f"step-{agent.step}-n-{num_candidates}")
+        makers[0] = lambda: make_video_env(args, video_dir, f"step-{step}-n-{num_candidates}")
     envs = gym.vector.SyncVectorEnv(makers)
     observations, _ = envs.reset(seed=[1000 * args.seed + i for i in range(count)])
     returns, lengths, successes, running = np.zeros(count), np.zeros(count), None, np.ones(count, dtype=bool)
@@ -671,10 +672,14 @@ def parse_args(argv=None):
     for key, value in asdict(args).items():
         flag = f"--{key.replace('_', '-')} {value}"
         least = 0 if key in ("seed", "ema_start", "online_steps") else 1
+        if value == "":
+            raise BadInput(f"{flag}is empty; is a shell variable unset?")
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**63:
             raise BadInput(f"{flag}: must be at least {least} and fit into 64 bits")
         if isinstance(value, float) and not (value >= 0 or key in ("reward_shift", "time_mean") and value > -math.inf):
             raise BadInput(f"{flag}: must be at least 0")
+        if key == "utd" and value == math.inf:
+            raise BadInput(f"{flag}: must be finite")
         if key in ("gamma", "tau") and not 0 <= value <= 1:
             raise BadInput(f"{flag}: must lie between 0 and 1")
         if checkpoint is not None and key not in ("resume", "evaluate") and value != getattr(defaults, key):
@@ -710,7 +715,7 @@ def main(argv=None):
     candidates = args.num_candidates_eval or args.num_candidates
     if args.evaluate:
         video_dir = checkpoint_path.parent / "videos" if args.capture_video else None
-        metrics = evaluate(agent, args, candidates, None, video_dir)
+        metrics = evaluate(agent, args, candidates, None, video_dir, agent.step)
         print(json.dumps({"step": agent.step, "num_candidates": candidates, **metrics}))
         return 0
 
@@ -774,7 +779,7 @@ def main(argv=None):
     print(f"{args.env_id}: {args.num_envs} environments, run folder {run_dir}")
 
     def evaluate_and_log(prefix, num_candidates):
-        metrics = evaluate(agent, args, num_candidates, None, video_dir)
+        metrics = evaluate(agent, args, num_candidates, None, video_dir, agent.step)
         log(agent.step, {name.replace("eval/", prefix): value for name, value in metrics.items()})
         text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
         tqdm.write(f"step {agent.step}, N = {num_candidates}: {text}")
@@ -786,10 +791,11 @@ def main(argv=None):
                mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step, clock_updates = time.time(), agent.step, agent.updates
     burst = max(round(args.utd * args.num_envs), 1)  # gradient steps per step of all environments
+    # A graph may only hold what has run before: three updates launch operation by operation first.
     graphs, graphs_from = args.cuda_graph and device.type == "cuda", agent.updates + 3
     replay_act = replay_updates = None
     parts, stop, filled = {}, False, torch.tensor(0, device=device)
-    current = torch.zeros(args.num_envs, obs_dim, device=device)  # observations to act on, always in the same place
+    current = torch.zeros(args.num_envs, obs_dim, device=device)  # where the graph of `act` reads
 
     def act():
         actions = agent.act(current, args.num_candidates)

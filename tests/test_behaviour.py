@@ -681,6 +681,18 @@ def test_resume_with_another_environment_is_refused(m, run):
 
 
 @about_data
+def test_resume_with_other_normalization_is_refused(m, run):
+    assert_refused(m, ["--resume", str(run), "--observation-normalization", "none"], run, match="cannot change")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--env-id"])
+def test_empty_flags_are_refused(m, flag):
+    """As from a shell variable that is not set."""
+    with pytest.raises(m.BadInput, match=f"{flag} is empty"):
+        m.main([flag, ""])
+
+
+@about_data
 def test_resume_with_other_data_is_refused(m, run, tmp_path):
     """Same shapes, other numbers: only the fingerprint can tell."""
     other = write_data(tmp_path / "other.hdf5", seed=1)

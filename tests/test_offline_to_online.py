@@ -1,4 +1,5 @@
 """What `mfql_offline_to_online.py` adds to `mfql_offline.py`: replay ring, online phase, both starting points."""
+import importlib.util
 import json
 import os
 import pathlib
@@ -23,8 +24,15 @@ ONLINE = ["--online-steps", "30"]
 class Leaps(gym.Env):
     """Episodes of 3 to 9 steps; half of them terminate, half run into a limit. The observation counts the steps."""
 
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((32, 32, 3), self.time, np.uint8)
 
     def observation(self):
         return np.array([self.time, self.length, self.np_random.random()], dtype=np.float32)
@@ -255,7 +263,8 @@ def test_killed_between_checkpoints(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", [["--seed", "2"], ["--buffer-size", "500"], ["--balanced-sampling"],
-                                  ["--offline-steps", "20"]])
+                                  ["--offline-steps", "20"], ["--reward-scale", "0.5"], ["--reward-shift", "1"],
+                                  ["--reward-normalization", "standardize"], ["--observation-normalization", "none"]])
 def test_what_cannot_change_in_a_resumed_run(data, tmp_path, flag):
     """Refused before the run folder is touched."""
     run = train(m, data, tmp_path, *ONLINE)
@@ -263,6 +272,13 @@ def test_what_cannot_change_in_a_resumed_run(data, tmp_path, flag):
     with pytest.raises(m.BadInput, match=f"{flag[0]} cannot change"):
         m.main(["--resume", str(run), "--online-steps", "40", *flag])
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_what_may_change_before_the_online_phase(data, tmp_path):
+    """A run that was stopped offline has no replay buffer of its own yet."""
+    run = train(m, data, tmp_path / "cut", "--online-steps", "0")
+    assert m.main(["--resume", str(run), *ONLINE, "--balanced-sampling"]) == 0
+    assert_equal(train(m, data, tmp_path / "whole", *ONLINE, "--balanced-sampling"), run)
 
 
 @pytest.mark.parametrize("more", [[], ["--buffer-size", str(ROWS + 7)]])
@@ -300,6 +316,9 @@ def test_from_checkpoint_with_another_seed(data, tmp_path):
     (["--env-id", "Pendulum-v1"], "env-id"),
     (["--critic-width", "24"], "does not fit"),
     (["--observation-normalization", "none"], "observation-normalization"),
+    (["--policy-form", "meanflow"], "policy-form"),
+    (["--reward-scale", "0.5"], "reward-scale"),
+    (["--utd", "inf"], "finite"),
     (["--offline-steps", "20"], "leave out --offline-steps"),
     (["--resume", "RUN"], "excludes"),
 ])
@@ -310,6 +329,14 @@ def test_checkpoints_that_do_not_fit(data, tmp_path, more, reason):
     with pytest.raises(m.BadInput, match=reason):
         m.main(["--from-checkpoint", str(offline), *ONLINE, "--runs-dir", str(tmp_path / "none"), *more])
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("moviepy") is None, reason="needs moviepy")
+def test_videos_are_named_after_the_steps_of_the_log(data, tmp_path):
+    """With two gradient steps per environment step as well."""
+    run = train(m, data, tmp_path, *ONLINE, "--utd", "2", "--eval-interval", "15", "--capture-video")
+    filmed = {int(path.name.split("-")[1]) for path in (run / "videos").glob("*.mp4")}
+    assert filmed == {row["step"] for row in metrics(run) if "eval/episodic_return" in row}
 
 
 def test_from_checkpoint_wants_a_whole_checkpoint_of_mfql_offline(data, tmp_path):
