@@ -289,7 +289,7 @@ def test_things_that_are_no_file(tmp_path):
 
 @pytest.mark.parametrize("env_id, message", [
     ("nonsense-v0", "nonsense"),
-    ("", "cannot be made"),
+    ("", "is empty"),
     ("Hopper-v3", "Hopper-v3"),  # gymnasium raises ImportError, unless gymnasium-robotics is registered already
     ("GymV21Environment-v0", "shimmy"),  # ImportError without a name
     ("no_such_module:Foo-v0", "no_such_module"),  # and here ModuleNotFoundError without a name
