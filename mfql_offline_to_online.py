@@ -754,10 +754,10 @@ def make_env(args, **kwargs):
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # D4RL's tasks are -v4 on purpose
     try:
         if source(args) == "ogbench":
-            import ogbench
-
             if args.env_id.startswith("visual-"):  # before OpenGL is asked for frames
                 raise BadInput(f"--env-id {args.env_id}: pixel tasks are not supported (benchmark/pixels.md)")
+            import ogbench
+
             env = ogbench.make_env_and_datasets(args.env_id, env_only=True, success_timing="post", **kwargs)
             env = SeedNumPy(env)
         elif source(args) == "minari":

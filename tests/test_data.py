@@ -653,7 +653,6 @@ def test_minari_rows_masks_and_order_of_entries(kind, where, tmp_path, monkeypat
 
 
 def test_pixel_tasks_are_refused_before_anything_is_rendered():
-    pytest.importorskip("ogbench")
     with pytest.raises(m.BadInput, match="visual-scene.*pixel tasks are not supported"):
         m.make_env(m.Args(env_id="visual-scene-play-singletask-task1-v0"))
 

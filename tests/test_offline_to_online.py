@@ -263,7 +263,8 @@ def test_killed_between_checkpoints(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", [["--seed", "2"], ["--buffer-size", "500"], ["--balanced-sampling"],
-                                  ["--offline-steps", "20"], ["--reward-scale", "0.5"], ["--reward-shift", "1"],
+                                  ["--offline-steps", "20"], ["--env-id", "Pendulum-v1"],
+                                  ["--reward-scale", "0.5"], ["--reward-shift", "1"],
                                   ["--reward-normalization", "standardize"], ["--observation-normalization", "none"]])
 def test_what_cannot_change_in_a_resumed_run(data, tmp_path, flag):
     """Refused before the run folder is touched."""
