@@ -7,7 +7,9 @@ AntMaze needs MuJoCo alone. Kitchen and Adroit need `pip install gymnasium-robot
 tasks `pip install ogbench mujoco==3.11.0`; without them only making such a task fails, with gym.error.Error.
 How close these are to D4RL: `tests/test_d4rl_tasks.py`, `benchmark/antmaze_policies.py`.
 """
+import contextlib
 import importlib.metadata
+import io
 import pathlib
 
 import gymnasium as gym
@@ -90,7 +92,8 @@ class AntMaze(gym.Env):
 def make_robotics(env_id, render_mode):
     """An environment of gymnasium-robotics without its time limit: ours is in our spec."""
     try:
-        import gymnasium_robotics
+        with contextlib.redirect_stderr(io.StringIO()):  # its note on Adroit's sign, which is repaired below
+            import gymnasium_robotics
     except ImportError as error:
         raise gym.error.DependencyNotInstalled(
             f"{env_id}: {error}; pip install gymnasium-robotics==1.4.2 mujoco==3.11.0") from error
