@@ -1,7 +1,8 @@
 """Makes an AntMaze dataset in D4RL's layout: a noisy policy in some episodes, random actions in the others.
 
     python benchmark/antmaze_data.py ../shared/parity/antmaze_umaze_10_policy.npz antmaze.hdf5      # a few minutes
-    python mfql_offline.py --env-id antmaze-umaze-v2 --dataset-path antmaze.hdf5
+    python data/fetch.py antmaze-umaze-v2 --file antmaze.hdf5
+    python mfql_offline.py --env-id antmaze-umaze-v2
 
 The policy is one of `antmaze_policies.py`. Rewards are 0 and 1 as D4RL's; an episode ends at the goal (terminals) or
 after 700 steps (timeouts).
@@ -14,14 +15,11 @@ from typing import Annotated
 import gymnasium as gym
 import h5py
 import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 from antmaze_policies import FixedPolicy  # noqa: E402
-
-import mfql_offline  # noqa: E402
 
 
 @dataclass
@@ -44,8 +42,7 @@ class Args:
 
 def main():
     args = tyro.cli(Args, description=__doc__.split("\n")[0])
-    torch.set_num_threads(1)
-    env, policy = mfql_offline.make_env(mfql_offline.Args(env_id=args.env_id)), FixedPolicy(args.policy)
+    env, policy = gym.make(f"data.d4rl_tasks:{args.env_id}"), FixedPolicy(args.policy)
     rng = np.random.default_rng(args.seed)
     columns = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
     successes = {"policy": [], "random": []}
@@ -57,8 +54,7 @@ def main():
             if kind == "random":
                 action = rng.uniform(-1, 1, 8)
             else:
-                action = policy.act(torch.as_tensor(observation, dtype=torch.float32)[None], 1, None)[0].numpy()
-                action = np.clip(action + args.noise * rng.standard_normal(8), -1, 1)
+                action = np.clip(policy.act(observation) + args.noise * rng.standard_normal(8), -1, 1)
             columns["observations"].append(observation.astype(np.float32))
             columns["actions"].append(action.astype(np.float32))
             observation, reward, terminated, truncated, _ = env.step(action.astype(np.float32))
@@ -69,8 +65,8 @@ def main():
     with h5py.File(args.out, "w") as file:
         for key, column in columns.items():
             file.create_dataset(key, data=np.array(column), compression="gzip")
-        file.attrs.update(policy=args.policy.name, episodes=args.episodes, noise=args.noise, random=args.random,
-                          seed=args.seed, gymnasium=gym.__version__)
+        file.attrs.update(env_id=f"data.d4rl_tasks:{args.env_id}", policy=args.policy.name, episodes=args.episodes,
+                          noise=args.noise, random=args.random, seed=args.seed, gymnasium=gym.__version__)
     print(f"{len(columns['rewards'])} steps; success of " + ", of ".join(
         f"{kind} {np.mean(found):.3f} ({len(found)} episodes)" for kind, found in successes.items() if found)
         + f", of all {np.mean(successes['policy'] + successes['random']):.3f}")
