@@ -23,7 +23,6 @@ import json
 import pathlib
 import platform
 import shlex
-import signal
 import sys
 import warnings
 from dataclasses import dataclass
@@ -209,8 +208,7 @@ def collect(args):
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, fetch.stop)
+    fetch.leave_nothing_when_stopped()
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 on purpose
     torch.set_num_threads(1)
     try:

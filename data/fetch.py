@@ -26,7 +26,10 @@ import shutil
 import signal
 import socket
 import stat
+import struct
+import subprocess
 import sys
+import tokenize
 import urllib.request
 import warnings
 import zipfile
@@ -38,8 +41,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for data
 
 UNFINISHED = set()  # files and folders of this process that a signal must remove
 LIBRARY_ERRORS = (OSError, EOFError, KeyError, IndexError, RuntimeError, TypeError, ValueError, MemoryError,
-                  ImportError, zipfile.BadZipFile, zlib.error)  # of h5py, NumPy and zipfile for damaged files
+                  struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # h5py's, NumPy's, zipfile's
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+HDF5_PROBE = """import h5py, signal, sys
+signal.alarm(60)
+with h5py.File(sys.argv[1], "r") as file:
+    file.attrs.get("env_id"), [file[key].id.get_storage_size() for key in sys.argv[2:]]"""
 D4RL_URLS = (  # tried in this order
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{folder}/{file}",
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
@@ -165,7 +172,7 @@ def download_d4rl(name, path):
             if not sha256(path).startswith(known_sha256):
                 raise OSError(f"its SHA-256 does not begin with {known_sha256}, which is known of the file")
             return read_d4rl(path, name), url
-        except (OSError, http.client.HTTPException, BadInput) as error:  # no route, 404 and timeouts are OSErrors
+        except (OSError, ValueError, http.client.HTTPException, BadInput) as error:  # no route, 404: OSErrors
             failures.append(f"{url}: {error}")
     raise BadInput(f"no server gave {name} ({'; '.join(failures)}). Ways out: --file FILE, or put {file} into "
                    f"{folder_of_data()}, where it is looked for")
@@ -183,7 +190,7 @@ def download_ogbench(name, path):
             with contextlib.redirect_stdout(io.StringIO()):
                 ogbench.download_datasets([path.stem], str(folder))
             read_ogbench(folder / path.name, name)
-        except (OSError, http.client.HTTPException, BadInput) as error:
+        except (OSError, ValueError, http.client.HTTPException, BadInput) as error:
             raise BadInput(f"OGBench's server did not give the data of {name} ({error}). Ways out: --file FILE.npz, "
                            f"or put {path.name} into {path.parent}, where it is looked for") from error
         publish(folder / path.name, path)
@@ -233,8 +240,11 @@ def read_d4rl(path, name):
     import h5py
 
     env = make_env(name)
-    try:
-        with h5py.File(regular_file(path), "r") as file:
+    try:  # damaged tables can make HDF5 crash or never return, deaf to signals: another process tries first
+        probe = subprocess.run([sys.executable, "-c", HDF5_PROBE, regular_file(path), *KEYS], capture_output=True)
+        if probe.returncode < 0:
+            raise OSError(f"HDF5 does not get through it: {signal.Signals(-probe.returncode).name}")
+        with h5py.File(path, "r") as file:
             if missing := [key for key in KEYS if not isinstance(file.get(key, getlink=True), h5py.HardLink)
                            or not isinstance(file[key], h5py.Dataset)]:
                 raise BadInput(f"{path}: {' and '.join(missing)} missing; D4RL's layout has {', '.join(KEYS)}")
@@ -244,9 +254,9 @@ def read_d4rl(path, name):
                 check_declared(path, key, array.dtype, array.shape, array.id.get_storage_size(), key in KEYS[3:])
             data = {key: file[key][()] if key in KEYS[3:] else file[key].astype(np.float32)[()] for key in KEYS}
             recorded_in = file.attrs.get("env_id", "")
+            recorded_in = recorded_in.decode() if isinstance(recorded_in, bytes) else str(recorded_in)
     except LIBRARY_ERRORS as error:
         raise BadInput(f"{path}: damaged or not an HDF5 file ({error})") from error
-    recorded_in = recorded_in.decode() if isinstance(recorded_in, bytes) else str(recorded_in)
     ours, theirs = env.spec, gym.registry.get(recorded_in.removeprefix("data.d4rl_tasks:"))
     if theirs is None or (theirs.entry_point, theirs.kwargs) != (ours.entry_point, ours.kwargs):  # not the same task
         base = f"AdroitHand{name.split('-')[0].capitalize()}" if "task" in ours.kwargs else ours.id
@@ -404,6 +414,8 @@ def from_run(run, name, datasets_dir):
             ends = replay["masks"][rows[:-1]] == 0
             ends |= (replay["next_observations"][rows[:-1]] != replay["observations"][rows[1:]]).any(1)
             episodes += np.split(rows, np.flatnonzero(ends) + 1)[1 if step > capacity else 0:]
+        if not episodes:
+            raise BadInput(f"{path}: no whole episode is left in the replay buffer")
         rows = np.concatenate(episodes)
         data = {key: replay[key][rows] for key in KEYS[:3]}
         box, last = env.action_space, np.cumsum([len(episode) for episode in episodes]) - 1
@@ -430,17 +442,22 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
-def stop(number, frame):
-    """At once, wherever the process is: an exception could be swallowed by a library."""
-    for path in UNFINISHED:
-        remove(path)
-    print(f"fetch.py: stopped by {signal.Signals(number).name}, nothing is half written", file=sys.stderr, flush=True)
-    os._exit(130)
+def leave_nothing_when_stopped():
+    """A signal ends the process at once, wherever it is: an exception could be swallowed by a library."""
+    def stop(number, frame):
+        for path in UNFINISHED:
+            remove(path)
+        print(f"{pathlib.Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}, nothing is half written",
+              file=sys.stderr, flush=True)
+        os._exit(130)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    leave_nothing_when_stopped()
     about, _, more = __doc__.partition("\n\n")
     parser = Parser(description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="D4RL name or OGBench single task; with --from-run, name of the Minari data set")
@@ -454,7 +471,7 @@ def main():
     try:
         args = parser.parse_args()
         print(from_run(args.from_run, args.name, args.datasets_dir) if args.from_run else
-              fetch(args.name, args.file, args.out))
+              fetch(args.name, args.file, args.out), flush=True)
         return 0
     except (BadInput, OSError, RuntimeError, MemoryError, ImportError) as error:  # a full disk, a missing package
         print("fetch.py:", " ".join(str(error or type(error).__name__).split()), file=sys.stderr)
