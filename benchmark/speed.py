@@ -52,8 +52,8 @@ class Args:
     """which tables to print"""
     cuda: bool = False
     """measure on the first GPU instead of the CPU"""
-    tf32: bool = False
-    """as the scripts' flag"""
+    against: pathlib.Path | None = None
+    """another checkout of this repository (git worktree add), whose updates are timed beside these, in turns"""
     blocks: int = 5
     """repeats of each measurement"""
     seconds: float = 2.0
@@ -164,7 +164,34 @@ def waits(call):
     return counted(3) - counted(0)
 
 
+def updates_against(args):
+    """Eager updates of both checkouts, block by block in turns, so that a change of the machine's pace hits both."""
+    header("update, eager", f"per second in {args.against}", "per second here", "ratio of the medians")
+    for (script, sizes), more in SIZES.items():
+        calls = []
+        for folder in (args.against, ROOT):
+            spec = importlib.util.spec_from_file_location(f"{script}_{len(calls)}", folder / f"{script}.py")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # dataclasses look their module up
+            spec.loader.exec_module(module)
+            env_id = "Hopper-v4" if script == "som_online" else "hopper-medium-v2"
+            options = module.Args(**{**module.task_defaults(env_id), "env_id": env_id, **more})
+            device = torch.device("cuda" if args.cuda else "cpu")
+            agent, replay = module.Agent(OBS_DIM, ACT_DIM, options, device), made_up_replay(100_000, device)
+            calls.append(lambda agent=agent, replay=replay, options=options, sample=module.sample:
+                         agent.update(sample(replay, options.batch_size)))
+            calls[-1]()
+        times = [[], []]
+        for _ in range(3 * args.blocks):
+            for call, found in zip(calls, times):
+                found.append(timed(replace(args, blocks=1, seconds=args.seconds / 3), call)[0])
+        old, new = ((float(np.median(found)), min(found), max(found)) for found in times)
+        row(f"{script}, {sizes}", spread(old, lambda s: 1 / s), spread(new, lambda s: 1 / s), f"{old[0] / new[0]:.2f}")
+
+
 def updates(args):
+    if args.against is not None:
+        return updates_against(args)
     peak = matrix_peak(args)
     print(f"\nOne float32 matrix product: {peak / 1e9:,.0f} GFLOP/s")
     header("update", "mode", "per second", "GFLOP", "share of the peak", "ratio to the plain port")
@@ -188,6 +215,7 @@ def updates(args):
         print(f"\nLargest allocation of all of these: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     if args.peers:
         peer_updates(args)
+    return None
 
 
 def peer_updates(args):
@@ -295,7 +323,8 @@ def growth(args):
         options = flags("ofql_offline", eval_episodes=episodes)
         agent = ofql_offline.Agent(OBS_DIM, ACT_DIM, options, torch.device("cuda" if args.cuda else "cpu"))
         start = time.perf_counter()
-        length = ofql_offline.evaluate(agent, options, 50)["eval/episodic_length"]
+        task = dict(env_id="Hopper-v4", kwargs={}, reference=None)
+        length = ofql_offline.evaluate(agent, task, options, 50)["eval/episodic_length"]
         row(f"untrained policy, {length:.0f} steps an episode", str(episodes), f"{time.perf_counter() - start:.1f}")
     path = args.out / f"growth_{'cuda' if args.cuda else 'cpu'}.json"
     path.write_text(json.dumps(found, indent=1))
@@ -349,7 +378,6 @@ def main():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # this and the next lines as the scripts do
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     if args.cuda:
         torch.cuda.set_stream(torch.cuda.Stream())
     name = torch.cuda.get_device_name() if args.cuda else platform.processor() or platform.machine()

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import d3rlpy
 import gymnasium as gym
+import h5py
 import numpy as np
 import tyro
 
@@ -22,8 +23,8 @@ import ofql_offline  # noqa: E402
 class Args:
     env_id: str = "halfcheetah-medium-replay-v2"
     """as in ofql_offline.py"""
-    dataset_path: str | None = None
-    """as in ofql_offline.py"""
+    dataset_path: str = ""
+    """an HDF5 file in D4RL's layout"""
     seed: int = 1
     """seed of everything"""
     offline_steps: int = 100_000
@@ -36,10 +37,10 @@ class Args:
     """folder that holds the run folders"""
 
 
-def evaluate(algorithm, args, options, reference):
+def evaluate(algorithm, args, task):
     """As in ofql_offline.py, with the mean action."""
     count = args.eval_episodes
-    envs = gym.vector.SyncVectorEnv([lambda: ofql_offline.make_env(options)] * count)
+    envs = gym.vector.SyncVectorEnv([lambda: ofql_offline.make_env(task)] * count)
     observations, _ = envs.reset(seed=[1000 * args.seed + i for i in range(count)])
     returns, running = np.zeros(count), np.ones(count, dtype=bool)
     while running.any():
@@ -48,28 +49,28 @@ def evaluate(algorithm, args, options, reference):
         returns += rewards * running
         running &= ~(terminated | truncated)
     envs.close()
+    low, high = task["reference"]
     return {"eval/episodic_return": float(returns.mean()), "eval/episodic_return_std": float(returns.std()),
-            "eval/normalized_score": float(ofql_offline.normalized_score(returns.mean(), reference))}
+            "eval/normalized_score": float(100 * (returns.mean() - low) / (high - low))}
 
 
 def main():
     args = tyro.cli(Args, description=__doc__.split("\n")[0])
-    options = ofql_offline.Args(env_id=args.env_id, dataset_path=args.dataset_path, eval_episodes=args.eval_episodes)
     d3rlpy.seed(args.seed)
-    data, _ = ofql_offline.read_d4rl(args.dataset_path)
-    dataset = d3rlpy.dataset.MDPDataset(
-        data["observations"].astype(np.float32), data["actions"].astype(np.float32),
-        data["rewards"].astype(np.float32), data["terminals"].astype(np.float32), data["timeouts"].astype(np.float32))
+    task, *_ = ofql_offline.load_hdf5(args.env_id, pathlib.Path(args.dataset_path))  # which also checks the file
+    with h5py.File(args.dataset_path) as file:
+        columns = [file[key][()].astype(np.float32)
+                   for key in ("observations", "actions", "rewards", "terminals", "timeouts")]
+    dataset = d3rlpy.dataset.MDPDataset(*columns)
     scaler = d3rlpy.preprocessing.StandardObservationScaler()
     algorithm = d3rlpy.algos.TD3PlusBCConfig(observation_scaler=scaler).create(device="cpu:0")
     run_dir = pathlib.Path(args.runs_dir) / f"{args.env_id}__td3_bc__{args.seed}__{int(time.time())}"
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(dict(args=asdict(args), d3rlpy=d3rlpy.__version__), indent=2))
-    reference = ofql_offline.reference_scores(options)
     with (run_dir / "metrics.jsonl").open("w") as file:
         for step, losses in algorithm.fitter(dataset, n_steps=args.offline_steps, n_steps_per_epoch=args.eval_interval,
                                              logger_adapter=d3rlpy.logging.NoopAdapterFactory(), show_progress=False):
-            metrics = {"step": step * args.eval_interval, **evaluate(algorithm, args, options, reference),
+            metrics = {"step": step * args.eval_interval, **evaluate(algorithm, args, task),
                        **{f"losses/{name}": float(value) for name, value in losses.items()}}
             file.write(json.dumps(metrics) + "\n")
             file.flush()
