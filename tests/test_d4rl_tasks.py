@@ -1,11 +1,10 @@
-"""D4RL's AntMaze, kitchen and Adroit as `mfql_offline.py` rebuilds them, against what is known of D4RL's.
+"""D4RL's AntMaze, kitchen and Adroit as `data/d4rl_tasks.py` rebuilds them, against what is known of D4RL's; OGBench.
 
-Maps, limits, formulas and numbers are typed anew here, or computed in another way than the script does. No network.
+Maps, limits, formulas and numbers are typed anew here, or computed in another way than the module does. No network.
 """
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import subprocess
@@ -13,12 +12,11 @@ import sys
 import xml.etree.ElementTree
 
 import gymnasium as gym
-import h5py
 import mujoco
 import numpy as np
 import pytest
 
-import mfql_offline as m
+import data.d4rl_tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 PARITY = ROOT.parent / "shared" / "parity"  # on development machines only
@@ -40,9 +38,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def make(env_id, **kwargs):
-    if env_id.split("-")[0] != "antmaze":
+    if "-singletask" in env_id:
+        pytest.importorskip("ogbench")
+    elif env_id.split("-")[0] != "antmaze":
         pytest.importorskip("gymnasium_robotics")
-    return m.make_env(m.Args(env_id=env_id), **kwargs)
+    return gym.make(f"data.d4rl_tasks:{env_id}", **kwargs)
+
+
+def references(env_id):
+    return gym.spec(env_id).kwargs["ref_min_score"], gym.spec(env_id).kwargs["ref_max_score"]
 
 
 def walls(env):
@@ -67,8 +71,7 @@ def test_maze_geometry_limits_and_scores(env_id):
     assert found - border == INNER_WALLS[env_id.split("-")[1]]  # neither mirrored nor transposed
     assert env.spec.max_episode_steps == steps and env.observation_space.shape == (29,)
     assert env.action_space == gym.spaces.Box(-1, 1, (8,), np.float32)
-    assert m.reference_scores(m.Args(env_id=env_id)) == (0, 1)
-    assert m.normalized_score(0.37, (0, 1)) == pytest.approx(37)
+    assert references(env_id) == (0, 1)
 
 
 def test_start_and_goal_noise():
@@ -204,10 +207,9 @@ def test_policies_trained_in_d4rls_ant_maze_reach_the_goal():
     spec = importlib.util.spec_from_file_location("antmaze_policies", ROOT / "benchmark" / "antmaze_policies.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    metrics, official = benchmark.success_rate("umaze_10", PARITY, episodes=5)
-    assert official == 0.84 and metrics["eval/success_rate"] >= 0.6  # stock gymnasium-robotics: 0
-    assert metrics["eval/normalized_score"] == pytest.approx(100 * metrics["eval/success_rate"])
-    assert metrics["eval/episodic_return"] == metrics["eval/success_rate"]
+    policy = benchmark.FixedPolicy(PARITY / "antmaze_umaze_10_policy.npz")
+    success, _ = benchmark.returns_and_lengths(policy, "antmaze-umaze-v2", episodes=10)
+    assert policy.official_success == 0.84 and success.mean() >= 0.6  # stock gymnasium-robotics: 0
 
 
 def test_rendering(tmp_path):
@@ -219,8 +221,8 @@ try:
     mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
 except Exception as error:
     print("no way to draw:", error); sys.exit()
-import mfql_offline as m
-env = m.make_env(m.Args(env_id="antmaze-large-play-v2"), render_mode="rgb_array")
+import gymnasium as gym
+env = gym.make("data.d4rl_tasks:antmaze-large-play-v2", render_mode="rgb_array")
 env.reset(seed=0)
 first = env.render()
 env.unwrapped.data.qpos[:2] = 32, 24
@@ -255,8 +257,7 @@ def test_kitchen_observation_and_scores(kind):
         goal[SUBTASKS[name]] = GOALS[name]
     assert observation.shape == env.observation_space.shape == (60,) and env.action_space.shape == (9,)
     np.testing.assert_array_equal(observation[30:], goal)
-    assert env.spec.max_episode_steps == 280 and m.reference_scores(m.Args(env_id=f"kitchen-{kind}-v0")) == (0, 4)
-    assert m.normalized_score(3, (0, 4)) == 75
+    assert env.spec.max_episode_steps == 280 and references(f"kitchen-{kind}-v0") == (0, 4)
 
 
 def test_kitchen_noise():
@@ -286,7 +287,7 @@ def finish(env, name):
 
 @pytest.mark.parametrize("kind", ["partial", "mixed"])
 def test_kitchen_counts_each_subtask_once_and_ends_with_the_fourth(kind):
-    env, rewards = make(f"kitchen-{kind}-v0"), []
+    env = make(f"kitchen-{kind}-v0")
     for episode in range(2):  # a reset makes all four count again
         env.reset(seed=episode)
         assert env.step(np.zeros(9, np.float32))[1:4] == (0, False, False)
@@ -294,10 +295,8 @@ def test_kitchen_counts_each_subtask_once_and_ends_with_the_fourth(kind):
             finish(env, name)
             _, reward, terminated, truncated, _ = env.step(np.zeros(9, np.float32))
             assert (reward, terminated, truncated) == (1, number == 4, False), name
-            rewards.append(reward)
             if number < 4:
                 assert env.step(np.zeros(9, np.float32))[1:3] == (0, False)  # still there, not counted again
-    assert m.normalized_score(sum(rewards) / 2, (0, 4)) == 100
 
 
 def test_kitchen_counts_no_other_subtask_and_two_at_once():
@@ -353,15 +352,15 @@ def test_adroit_wants_the_release_that_it_repairs(monkeypatch, task):
     """In another the sign may be right already, and the repair would then be the fault."""
     pytest.importorskip("gymnasium_robotics")
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.5.0")
-    with pytest.raises(m.BadInput, match="gymnasium-robotics==1.4.2 mujoco==3.11.0"):
-        m.make_env(m.Args(env_id=f"{task}-human-v1"))
+    with pytest.raises(gym.error.Error, match="gymnasium-robotics==1.4.2 mujoco==3.11.0"):
+        make(f"{task}-human-v1")
 
 
 @pytest.mark.parametrize("task", ["door", "hammer", "relocate"])
 def test_hand_object_term(task):
     """Twice a tenth of the distance less than gymnasium-robotics gives, with the distance from the simulation."""
     env = make(f"{task}-human-v1")
-    plain = gym.make(m.D4RL_TASKS[task][0])
+    plain = gym.make(f"AdroitHand{task.capitalize()}-v1")
     env.action_space.seed(0)
     first, other = env.reset(seed=0)[0], plain.reset(seed=0)[0]
     np.testing.assert_array_equal(first, other)
@@ -403,63 +402,81 @@ def test_pens_limit_is_100_steps():
     pytest.fail("no pen stayed in a hand at rest")
 
 
-# ---------------------------------------------------------------- data and training
-@pytest.mark.parametrize("script", ["mfql_offline", "ofql_offline", "mfql_offline_to_online"])
-@pytest.mark.parametrize("env_id, obs_dim, act_dim", [("antmaze-umaze-v2", 29, 8), ("kitchen-mixed-v0", 60, 9)])
-def test_training_on_a_file_in_the_cache(tmp_path, monkeypatch, script, env_id, obs_dim, act_dim):
-    """The file is found under D4RL's name, rewards are shifted, and the evaluation reports success and score."""
-    if env_id.startswith("kitchen"):
-        pytest.importorskip("gymnasium_robotics")
-    script = importlib.import_module(script)
-    draw, rows = np.random.default_rng(0), 40
-    with h5py.File(tmp_path / script.d4rl_task(env_id)[2], "w") as file:
-        file["observations"] = draw.normal(size=(rows, obs_dim)).astype(np.float32)
-        file["actions"] = draw.uniform(-1, 1, (rows, act_dim)).astype(np.float32)
-        file["rewards"] = file["terminals"] = (np.arange(rows) % 10 == 5).astype(np.float32)
-        file["timeouts"] = np.arange(rows) % 20 == 19
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    small = ["--no-cuda", "--policy-width", "8", "--critic-width", "8", "--batch-size", "8", "--offline-steps", "1",
-             "--eval-episodes", "1", "--runs-dir", str(tmp_path / "runs")]
-    if script.SCRIPT == "mfql_offline_to_online":
-        small += ["--online-steps", "1"]
-    assert script.main(["--env-id", env_id, *small]) == 0
-    run, = (tmp_path / "runs").iterdir()
-    args = json.loads((run / "args.json").read_text())
-    assert args["args"]["reward_shift"] == (-1 if env_id.startswith("antmaze") else 0)
-    assert args["data"]["transitions"] == rows - 2 and args["data"]["episodes"] == 6
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [row for row in rows if "eval/normalized_score" in row]
-    assert evaluated
-    for row in evaluated:
-        assert row["eval/normalized_score"] == row["eval/episodic_return"] * (25 if obs_dim == 60 else 100)
-        assert row["eval/episodic_length"] == (280 if obs_dim == 60 else 700)
-        assert ("eval/success_rate" in row) == (obs_dim == 29)
+@pytest.mark.parametrize("task, low, high, obs_dim, act_dim", [
+    ("pen", 96.262799, 3076.8331017826877, 45, 24), ("door", -56.512833, 2880.5693087298737, 39, 28),
+    ("hammer", -274.856578, 12794.134825156867, 46, 26), ("relocate", -6.425911, 4233.877797728884, 39, 30)])
+def test_adroit_sizes_limits_and_scores(task, low, high, obs_dim, act_dim):
+    env = make(f"{task}-human-v1")
+    assert (env.observation_space.shape, env.action_space.shape) == ((obs_dim,), (act_dim,))
+    assert env.spec.max_episode_steps == (100 if task == "pen" else 200)
+    assert all(references(f"{task}-{kind}-v1") == (low, high) for kind in ("human", "cloned", "expert"))
 
 
-def test_reward_shift_is_for_d4rls_ant_maze_alone():
-    """OGBench's single tasks have -1 and 0 already."""
-    assert all(m.task_defaults(env_id)["reward_shift"] == -1 for env_id in MAZES)
-    assert m.task_defaults("antmaze-giant-navigate-singletask-task1-v0")["reward_shift"] == 0
-    assert m.task_defaults("pen-human-v1")["reward_shift"] == 0
+# ---------------------------------------------------------------- OGBench
+CUBE = "cube-single-play-singletask-task2-v0"
 
 
-# ---------------------------------------------------------------- addresses
-def test_addresses_of_ant_maze_and_kitchen():
-    def addresses(env_id):
-        _, folder, file = m.d4rl_task(env_id)
-        return [url.format(folder=folder, file=file) for url in m.D4RL_URLS]
+def test_the_papers_single_tasks_of_ogbench_have_their_data_sets_names():
+    """Fifty, and the ten default tasks."""
+    pytest.importorskip("ogbench")
+    worlds = [f"{world}-navigate" for world in ("antmaze-large", "antmaze-giant", "humanoidmaze-medium",
+                                                "humanoidmaze-large", "antsoccer-arena")]
+    worlds += [f"{world}-play" for world in ("cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4")]
+    for world in worlds:
+        for task in ("", *(f"-task{i}" for i in range(1, 6))):
+            spec = gym.spec(f"{world}-singletask{task}-v0")
+            assert spec.entry_point == "data.d4rl_tasks:OGBenchTask" and spec.kwargs == {"name": spec.id}
+            world_alone = world.rsplit("-", 1)[0]
+            assert f"{world_alone}-singletask{task}-v0" in gym.registry  # OGBench's own name
 
-    official = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-    for env_id, maze, start, goal in (
-            ("umaze", "u-maze", False, False), ("umaze-diverse", "u-maze", True, True),
-            ("medium-play", "big-maze", True, False), ("medium-diverse", "big-maze", True, True),
-            ("large-play", "hardest-maze", True, False), ("large-diverse", "hardest-maze", True, True)):
-        file = f"Ant_maze_{maze}_noisy_multistart_{start}_multigoal_{goal}_sparse_fixed.hdf5"
-        assert addresses(f"antmaze-{env_id}-v2") == [
-            f"{official}ant_maze_v2/{file}", f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}"]
-    for kind, file in (("complete", "mini_kitchen_microwave_kettle_light_slider-v0.hdf5"),
-                       ("partial", "kitchen_microwave_kettle_light_slider-v0.hdf5"),
-                       ("mixed", "kitchen_microwave_kettle_bottomburner_light-v0.hdf5")):
-        assert addresses(f"kitchen-{kind}-v0") == [
-            f"{official}kitchen/{file}", f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}"]
-    assert len(set(m.D4RL_FILES)) == 13 and all(m.d4rl_task(env_id)[0] in m.D4RL_TASKS for env_id in m.D4RL_FILES)
+
+def test_ogbench_success_is_judged_after_the_step():
+    """OGBench 1.2 judges single tasks before the step unless told otherwise; the published scores are 'post'."""
+    env = make(CUBE)
+    assert env.unwrapped._success_timing == "post" and env.unwrapped._reward_task_id == 2
+    assert env.spec.max_episode_steps == 200 and "ref_min_score" not in env.spec.kwargs
+
+
+def test_starts_that_ogbench_draws_from_numpy_repeat_with_their_seed(monkeypatch):
+    class Maze(gym.Env):
+        observation_space = action_space = gym.spaces.Box(0, 1, (2,))
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.random.random(2).astype(np.float32), {}
+
+    ogbench = pytest.importorskip("ogbench")
+    monkeypatch.setattr(ogbench, "make_env_and_datasets", lambda *args, **kwargs: Maze())
+    env = data.d4rl_tasks.OGBenchTask("antmaze-giant-navigate-singletask-task1-v0")
+    first, again, other = (env.reset(seed=seed)[0] for seed in (5, 5, 6))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert not np.array_equal(env.reset()[0], env.reset()[0])
+
+
+# ---------------------------------------------------------------- names and packages
+def test_importing_needs_neither_robotics_nor_ogbench_and_works_from_anywhere(tmp_path):
+    """A folder called data where the user stands does not shadow ours, and the spec names no class outside."""
+    (tmp_path / "data").mkdir()
+    code = f"""
+import sys; sys.path[:0] = ["", {str(ROOT)!r}]
+sys.modules["gymnasium_robotics"] = sys.modules["ogbench"] = None
+import gymnasium as gym
+print(gym.make("data.d4rl_tasks:antmaze-umaze-v2").reset(seed=0)[0].shape, gym.spec("pen-human-v1").max_episode_steps)
+for name in ("door-human-v1", "kitchen-mixed-v0", {CUBE!r}, "visual-cube-single-play-singletask-task1-v0"):
+    try:
+        gym.make(name)
+    except gym.error.Error as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5 and lines[0] == "(29,) 100", done.stdout + done.stderr
+    assert all("pip install gymnasium-robotics==1.4.2 mujoco==3.11.0" in line for line in lines[1:3])
+    assert "pip install ogbench mujoco==3.11.0" in lines[3]
+    assert lines[4] == "visual-cube-single-play-singletask-task1-v0: pixel observations are not supported"
+
+
+def test_specs_can_be_stored_and_built_again():
+    """As in a Minari data set's metadata."""
+    spec = gym.envs.registration.EnvSpec.from_json(gym.spec("antmaze-large-play-v2").to_json())
+    assert gym.make(spec).spec.max_episode_steps == 1000 and references("antmaze-large-play-v2") == (0, 1)
