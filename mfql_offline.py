@@ -512,7 +512,7 @@ def load_hdf5(env_id, path):
         raise BadInput(f"{path}: terminals and timeouts must be 0 or 1")
     if str(recorded_in).endswith(f":{env_id}"):
         env_id = recorded_in  # data/fetch.py puts the module before it that knows the task
-    reference = None if None in reference else tuple(reference)
+    reference = None if None in reference else tuple(map(float, reference))  # NumPy's would not load again
     task = D4RL[name[1]] if name else dict(env_id=env_id, kwargs={}, reference=reference)
     if recorded_in is not None and recorded_in.split("-v")[0] != task["env_id"].split("-v")[0]:
         raise BadInput(f"{path} was recorded in {recorded_in}, not in {task['env_id']}")
@@ -536,7 +536,7 @@ def load_minari(env_id, folder):
     reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     task = dict(env_id=spec["id"] if spec["id"] in gym.registry else f"gymnasium_robotics:{spec['id']}",
                 kwargs={**spec["kwargs"], "max_episode_steps": spec["max_episode_steps"]},
-                reference=None if None in reference else reference)
+                reference=None if None in reference else tuple(map(float, reference)))
     space, columns = gym.make(task["env_id"], **task["kwargs"]).observation_space, []
     for episode in dataset.iterate_episodes():
         observations = episode.observations
