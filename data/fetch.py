@@ -34,6 +34,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
+from unittest import mock
 
 import numpy as np
 
@@ -96,7 +97,8 @@ def make_env(name):
     import data.d4rl_tasks  # noqa: F401  registers them
 
     gym.logger.min_level = gym.logger.ERROR  # -v4 is out of date on purpose
-    if d4rl_source(name) is None and not ("-singletask" in name and name in gym.registry):
+    ogbench_task = getattr(gym.registry.get(name), "entry_point", None) == "data.d4rl_tasks:OGBenchTask"
+    if d4rl_source(name) is None and not ogbench_task:
         raise BadInput(
             f"{name} is not supported; of D4RL, locomotion -v2 (hopper, halfcheetah, walker2d, ant), AntMaze -v2 "
             "(umaze, umaze-diverse, medium-play, medium-diverse, large-play, large-diverse), kitchen -v0 (complete, "
@@ -210,11 +212,15 @@ def check_declared(path, key, dtype, shape, stored, flag=False):
         raise BadInput(f"{path}: {key} claim {size} bytes, more than its {stored} bytes can hold or than this machine")
 
 
+def check_lengths(path, data):
+    if len({len(value) for value in data.values()}) != 1 or len(data["actions"]) == 0:
+        raise BadInput(f"{path}: lengths differ or are 0: " + ", ".join(f"{k} {len(v)}" for k, v in data.items()))
+
+
 def check_rows(path, data, env):
     """BadInput, naming the first bad row, for arrays (dict, (N, ...) each) that cannot be trained on. Clips actions
     that rounding put outside their box, makes terminals and timeouts bool."""
-    if len({len(value) for value in data.values()}) != 1 or len(data["rewards"]) == 0:
-        raise BadInput(f"{path}: lengths differ or are 0: " + ", ".join(f"{k} {len(v)}" for k, v in data.items()))
+    check_lengths(path, data)
     low, high = env.action_space.low, env.action_space.high
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if data[key].shape[1:] != space.shape:
@@ -285,6 +291,7 @@ def read_ogbench(path, name):
                         shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
                     check_declared(path, key, dtype, shape, entry.compress_size, key in KEYS[3:])
         data = ogbench.load_dataset(str(path), compact_dataset=True, add_info=True)  # the form without copies
+        check_lengths(path, data)
         relabel_dataset(name, env, data)
     except LIBRARY_ERRORS as error:
         raise BadInput(f"{path}: damaged or not a file of OGBench's ({error})") from error
@@ -368,8 +375,7 @@ def write_minari(final, name, data, last, final_observations, env, **metadata):
                                 terminations=part["terminals"], truncations=part["timeouts"])
 
     space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    with temporary(final) as partial:
-        os.environ["MINARI_DATASETS_PATH"] = str(partial)
+    with temporary(final) as partial, mock.patch.dict(os.environ, MINARI_DATASETS_PATH=str(partial)):
         minari.create_dataset_from_buffers(
             name, buffers(), env=gym.spec(env.spec.id), observation_space=space, action_space=env.action_space,
             requirements=["gymnasium[mujoco]>=1.1"], **metadata)
