@@ -85,10 +85,10 @@ def test_policy_output_and_its_derivative(numbers, policy):
 
 def test_mean_flow_target_loss_and_gradients(numbers, policy):
     batch = numbers["obs"], numbers["act"], numbers["e"], numbers["t"]
-    g, g_tgt = m.mean_flow_output_and_target(policy, *batch, m.Args())
+    g, g_tgt = m.mean_flow_output_and_target(policy, *batch)
     close(g, numbers["g"])
     close(g_tgt, numbers["g_tgt"])
-    loss = m.mean_flow_loss(policy, *batch, m.Args())
+    loss = m.mean_flow_loss(policy, *batch)
     close(loss, numbers["bc_loss"])
     loss.backward()
     theirs = actor_arrays(numbers, "grad_bc")
@@ -97,7 +97,7 @@ def test_mean_flow_target_loss_and_gradients(numbers, policy):
 
 
 def test_one_step_action_and_twin_values(numbers, policy, critic):
-    close(m.one_step_action(policy, numbers["obs"], numbers["e"], m.Args()), numbers["one_step_action"])
+    close(m.one_step_action(policy, numbers["obs"], numbers["e"]), numbers["one_step_action"])
     close(critic(numbers["obs"], numbers["act"]), numbers["q"])
 
 
