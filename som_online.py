@@ -8,23 +8,24 @@ of related work or from measurements (README). Nothing here is to be quoted as "
 The policy to be learned is p_0(a|s) ~ exp(alpha Q(s, a)). Diffusing its actions to noise defines a flow whose velocity
 follows from the score of p_t, and the score is estimated from the critic alone, by Monte Carlo. One network
 u(a_t, r, t; s), the average of that velocity between the times r and t, then maps noise to an action in a single
-evaluation. Time t = 0 is the action and t = 1 the noise. The equations, as this file numbers them:
+evaluation. Time t = 0 is the action and t = 1 the noise. The algorithm ends with `Agent`; evaluation, checkpoints and
+the loop follow, where they can with the same text as in the sibling scripts. The equations, as this file numbers them:
 
-  (1) a_t = mu_t a_0 + sigma_t e,  mu_t = 1 - t,  sigma_t = t        path; with --path vp instead
-      mu_t = exp(-B_t / 2),  sigma_t^2 = 1 - mu_t^2,  B_t = b0 t + (b1 - b0) t^2 / 2
+  (1) a_t = mu_t a_0 + sigma_t e,  mu_t = 1 - t,  sigma_t = t        path; with --path vp instead (its table 3)
+      mu_t = exp(-B_t / 2),  sigma_t^2 = 1 - mu_t^2,  B_t = b0 t + (b1 - b0) t^2 / 2,  b0 = 0.1,  b1 = 20
   (2) a_0^i ~ N(a_t / mu_t, (sigma_t / mu_t)^2) within [-1, 1],  w_i = softmax_i(alpha Qbar(s, a_0^i)),  i = 1..K
   (3) S = (mu_t sum_i w_i a_0^i - a_t) / sigma_t^2                   score of p_t, as a posterior mean
-  (4) v = (a_t - sum_i w_i a_0^i) / t = -(a_t + t S) / (1 - t)       velocity; with --path vp instead
-      v = -(b_t / 2) (a_t + S),  b_t = b0 + (b1 - b0) t              probability-flow ODE
-  (5) u_tgt = sg[v - (t - r) du/dt],  du/dt = v du/da + du/dt        MeanFlow identity, one JVP along (v, 0, 1)
-  (6) L_actor = mean sg[(d + c)^-p] d,  d = |u - u_tgt|^2 / dim(a)
+  (4) v = (a_t - sum_i w_i a_0^i) / t = -(a_t + t S) / (1 - t)       velocity; with --path vp instead (its Eq. 8, there
+      v = -(b_t / 2) (a_t + S),  b_t = b0 + (b1 - b0) t              with w S / |S| for S, which is --score-scale w)
+  (5) u_tgt = sg[v - (t - r) du/dt],  du/dt = v ∂u/∂a_t + ∂u/∂t      MeanFlow identity, one JVP along (v, 0, 1)
+  (6) L_actor = mean sg[(d + c)^-p] d,  d = |u - u_tgt|^2 / dim(a)   c 1e-3
   (7) a(e) = clip(e - u(e, 0, 1; s), -1, 1),  e ~ N(0, I)            one-step action
   (8) L_critic = sum_k mean (Q_k(s, a) - y)^2,  y = rew + gamma (1 - done) min_k Q'_k(s', a*(s'))
   (9) a*(s) = argmax_i min_k Q_k(s, a(e_i)), i = 1..N                best of N: acting, evaluation and target apart
- (10) --score gradient: S = d/da_t log sum_i exp(alpha Qbar(s, a_t / mu_t + sigma_t / mu_t z_i))   literal reading
+ (10) S = ∂/∂a_t log sum_i exp(alpha Qbar(s, a_t / mu_t + sigma_t / mu_t z_i))   --score gradient (its Eq. 5, literal)
 
-Known of the paper (at second hand): the path is vp with b0 = 0.1, b1 = 20, alpha = 1, K = 100, and the score is
-normalised to length w = 25. Two readings of that are
+Known of the paper (at second hand, its table 3): the path is vp, alpha = 1, K = 100, and the score is normalised to
+length w = 25. Two readings of that are
   literal  --path vp --score gradient --alpha 1 --score-scale 25 --adaptive-power 1 --q-normalization batch
   box      --path vp --alpha 1 --score-scale 25
 The literal one fails on every bandit of tests/test_som_bandits.py: near t = 1 its proposals lie 150 action boxes away,
@@ -32,22 +33,21 @@ where the critic is extrapolation. Proposals within the box cure that, and a sco
 target, but no network of ours learned it. So the default leaves the length alone and raises alpha instead, on the
 linear path (as in MFPO, arXiv 2604.14698), which the same network learns better than vp (README).
 """
-import argparse
+import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import pathlib
-import platform
 import shutil
 import signal
 import sys
 import time
-import warnings
+import zipfile
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import filelock
 import gymnasium as gym
 import numpy as np
 import torch
@@ -58,12 +58,14 @@ from torch.func import jvp
 from tqdm import tqdm
 
 SCRIPT = pathlib.Path(__file__).stem
+BETA_MIN, BETA_MAX = 0.1, 20.0  # b0 and b1 of Eq. (1)
+gym.logger.min_level = gym.logger.ERROR  # else it advises against Hopper-v4 and the like, which D4RL's tasks need
 
 
 @dataclass
 class Args:
     env_id: str = "InvertedDoublePendulum-v4"
-    """Gymnasium environment with flat observations and continuous actions"""
+    """Gymnasium environment with continuous actions (Hopper-v5, my_package:MyTask-v0)"""
 
     # ---- experiment: the same in every script ----
     seed: int = 1
@@ -73,22 +75,17 @@ class Args:
     compile: bool = False
     """compile the losses with torch.compile: faster after about half a minute (needs a C++ compiler on the CPU)"""
     cuda_graph: bool = True
-    """on a GPU, replay gradient steps as a CUDA graph instead of launching each operation; offline ten at a time, so
-    log, evaluation and checkpoint intervals should be multiples of ten"""
-    tf32: bool = False
-    """on a GPU, round the factors of matrix products to TF32's 10 bits: faster, results differ slightly"""
+    """on a GPU, replay gradient steps as a CUDA graph, offline ten at a time: make all intervals multiples of ten"""
     torch_deterministic: bool = True
     """refuse operations that are not deterministic, so that equal seeds give equal numbers on one machine"""
     track: bool = False
-    """also log to Weights & Biases (pip install wandb; WANDB_MODE=offline needs no network)"""
-    wandb_project_name: str = "meanflow-rl"
-    """wandb project"""
-    wandb_entity: str | None = None
-    """wandb team; None is your own account"""
+    """also log to Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline work as usual"""
     capture_video: bool = False
     """record the first episode of every evaluation under videos/ of the run folder (pip install moviepy)"""
     runs_dir: str = "runs"
     """folder that holds the run folders"""
+    run_name: str | None = None
+    """name of the run folder; None is <env-id>__<script>__<seed>, which the same command finds again"""
     log_interval: int = 1000
     """steps (offline: gradient steps, online: environment steps) between two rows of losses in metrics.jsonl"""
     eval_interval: int = 50_000
@@ -96,9 +93,10 @@ class Args:
     eval_episodes: int = 50
     """episodes per evaluation, each with its own seed"""
     checkpoint_interval: int = 10_000
-    """steps between two checkpoints; one is also written at the end, on Ctrl-C and on SIGTERM"""
+    """steps between two checkpoints; one is also written at the end and on Ctrl-C, SIGTERM and SIGHUP"""
     resume: str | None = None
-    """run folder or checkpoint.pt to continue bit for bit, with its own flags; flags given beside it override those"""
+    """run folder or checkpoint.pt to continue bit for bit, with its flags unless given anew; auto: this command's run
+    folder if it holds a checkpoint, else start it"""
     evaluate: str | None = None
     """run folder, checkpoint.pt or policy.pt: evaluate it for --eval-episodes episodes, print the result and exit"""
 
@@ -112,10 +110,8 @@ class Args:
     learning_starts: int = 10_000
     """environment steps with uniformly random actions before the first gradient step"""
     buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds; the oldest give way"""
-    record_dataset: str | None = None
-    """write everything that the run collected as a Minari dataset of this id (NAMESPACE/NAME-vN), at the end and on
-    SIGTERM (pip install "minari[create]"); needs a replay buffer that holds all of it"""
+    """transitions that the replay buffer holds; the oldest give way. Afterwards, `python data/fetch.py --from-run
+    RUN-FOLDER NAME` turns them into a Minari data set for the offline scripts"""
     batch_size: int = 256
     """transitions per gradient step"""
     gamma: float = 0.99
@@ -133,8 +129,6 @@ class Args:
     """width of the critic's hidden layers"""
     critic_depth: int = 3
     """number of the critic's hidden layers"""
-    critic_form: Literal["layer_norm", "plain"] = "plain"
-    """plain: (Linear, Mish); layer_norm: (Linear, LayerNorm, Mish), the first with Tanh instead of Mish"""
     num_candidates: int = 32
     """N of Eq. (9) when acting in training, and in evaluation if --num-candidates-eval does not say otherwise"""
     num_candidates_eval: int | None = None
@@ -153,22 +147,25 @@ class Args:
     """w: give the score this length, keeping its direction (the paper's 25, with --path vp); None: as it is"""
     path: Literal["vp", "linear"] = "linear"
     """Eq. (1): linear learned the bandits better; vp is the paper's"""
-    beta_min: float = 0.1
-    """b0 of Eq. (1)"""
-    beta_max: float = 20.0
-    """b1 of Eq. (1)"""
     q_normalization: Literal["state", "batch", "none"] = "state"
     """Qbar of Eq. (2): standardised over the K proposals of each state, or over the whole batch, or not at all"""
     flow_ratio: float = 0.25
     """fraction of the batch with r = t"""
     adaptive_power: float = 0.0
     """p of Eq. (6); 0 is the plain squared error, 1 weighs every row alike"""
-    adaptive_constant: float = 1e-3
-    """c of Eq. (6)"""
     policy_actions: float = 0.0
     """fraction of the batch whose a_0 in Eq. (1) is the policy's own action instead of the replayed one"""
     learning_rate: float = 3e-4
     """step size of Adam, for the policy and the critic"""
+
+
+RANGES = {  # least and largest value of a flag; other whole numbers are 1 to a billion, other numbers 1e-12 to 1e9
+    **dict.fromkeys(("gamma", "tau", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)),
+    **dict.fromkeys(("reward_shift", "time_mean"), (-1e9, 1e9)), "seed": (0, 2**63 - 1),
+    **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)),
+    **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay", "time_std",
+                     "inverse_temperature", "noise_temperature", "utd"), (0, 1e9)),
+}
 
 
 def task_defaults(env_id):
@@ -210,17 +207,13 @@ class Policy(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """Two independent critics Q_1, Q_2, as batched products; --critic-form says what follows each linear map."""
+    """Two independent critics Q_1, Q_2, each (Linear, Mish) x depth and Linear, as batched products."""
 
-    def __init__(self, obs_dim, act_dim, width, depth, form):
+    def __init__(self, obs_dim, act_dim, width, depth):
         super().__init__()
-        self.form = form
         sizes = [obs_dim + act_dim, *[width] * depth, 1]
         self.weights = nn.ParameterList(torch.empty(2, i, o) for i, o in zip(sizes, sizes[1:]))
         self.biases = nn.ParameterList(torch.empty(2, 1, o) for o in sizes[1:])
-        norms = depth if form == "layer_norm" else 0
-        self.norm_gains = nn.ParameterList(torch.ones(2, 1, width) for _ in range(norms))
-        self.norm_biases = nn.ParameterList(torch.zeros(2, 1, width) for _ in range(norms))
         for weight, bias in zip(self.weights, self.biases):  # nn.Linear's initialisation
             nn.init.uniform_(weight, -weight.shape[1] ** -0.5, weight.shape[1] ** -0.5)
             nn.init.uniform_(bias, -weight.shape[1] ** -0.5, weight.shape[1] ** -0.5)
@@ -230,11 +223,8 @@ class TwinCritic(nn.Module):
         x = torch.cat([observations, actions], -1)
         shape = x.shape[:-1]
         x = x.flatten(0, -2).expand(2, -1, -1)
-        for i in range(len(self.weights) - 1):
-            x = torch.baddbmm(self.biases[i], x, self.weights[i])
-            if self.form == "layer_norm":
-                x = F.layer_norm(x, x.shape[-1:]) * self.norm_gains[i] + self.norm_biases[i]
-            x = x.tanh() if self.form == "layer_norm" and i == 0 else mish(x)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
+            x = mish(torch.baddbmm(bias, x, weight))
         return torch.baddbmm(self.biases[-1], x, self.weights[-1]).reshape(2, *shape)
 
 
@@ -242,9 +232,9 @@ class TwinCritic(nn.Module):
 def mu_sigma(t, args):
     """mu_t and sigma_t of Eq. (1), shaped like t."""
     if args.path == "linear":
-        return 1 - t, t
-    b = args.beta_min * t + 0.5 * (args.beta_max - args.beta_min) * t.square()
-    return torch.exp(-0.5 * b), (-torch.expm1(-b)).sqrt()
+        return 1 - t, t  # Eq. (1): mu_t = 1 - t, sigma_t = t
+    b = BETA_MIN * t + 0.5 * (BETA_MAX - BETA_MIN) * t.square()  # Eq. (1): B_t = b0 t + (b1 - b0) t^2 / 2
+    return torch.exp(-0.5 * b), (-torch.expm1(-b)).sqrt()  # Eq. (1): mu_t = exp(-B_t / 2), sigma_t^2 = 1 - mu_t^2
 
 
 def sample_times(batch_size, args, device):
@@ -257,12 +247,16 @@ def sample_times(batch_size, args, device):
 
 
 def truncated_normal(mean, std, count):
-    """(K, B, A) draws of N(mean, std^2) within [-1, 1], by inversion in float64; far tails fall back on clipping."""
+    """(K, B, A) draws of N(mean, std^2) within [-1, 1], by inversion; far tails fall back on clipping.
+
+    In float64: in float32 the distribution function is 0 or 1 from 6 standard deviations on, and steps before.
+    """
     mean, std = mean.double(), std.double()
     low, high = (-1 - mean) / std, (1 - mean) / std
     p_low, p_high = torch.special.ndtr(low), torch.special.ndtr(high)
     uniform = torch.rand(count, *mean.shape, dtype=torch.float64, device=mean.device)
     z = torch.special.ndtri(p_low + (p_high - p_low) * uniform)
+    # torch.where instead of an `if` or of picking the rows: a CUDA graph holds neither, only tensors of fixed shape
     z = torch.where(z.isfinite(), z, torch.randn_like(z).clamp(low, high))
     return (mean + std * z).clamp(-1, 1).float()
 
@@ -277,44 +271,47 @@ def proposal_logits(critic, observations, proposals, args):
 
 
 def score(critic, observations, a_t, t, args):
-    """Monte Carlo estimate of the score of p_t at a_t, (B, A)."""
+    """Monte Carlo estimate of the score of p_t at a_t, (B, A): Eq. (3), or Eq. (10)."""
     mu, sigma = mu_sigma(t, args)
     if args.score == "posterior":
-        proposals = truncated_normal(a_t / mu, sigma / mu, args.num_proposals)
-        weights = torch.softmax(proposal_logits(critic, observations, proposals, args), 0)  # Eq. (2)
-        return (mu * torch.einsum("kb,kba->ba", weights, proposals) - a_t) / sigma.square()  # Eq. (3)
+        proposals = truncated_normal(a_t / mu, sigma / mu, args.num_proposals)  # Eq. (2): a_0^i within [-1, 1]
+        logits = proposal_logits(critic, observations, proposals, args)
+        weights = torch.softmax(logits, 0)  # Eq. (2): w_i = softmax_i(alpha Qbar(s, a_0^i))
+        mean = torch.einsum("kb,kba->ba", weights, proposals)
+        return (mu * mean - a_t) / sigma.square()  # Eq. (3): S = (mu_t sum_i w_i a_0^i - a_t) / sigma_t^2
     with torch.enable_grad():
         a_t = a_t.detach().requires_grad_()
         z = torch.randn(args.num_proposals, *a_t.shape, device=a_t.device)
         logits = proposal_logits(critic, observations, a_t / mu + sigma / mu * z, args)
-        return torch.autograd.grad(logits.logsumexp(0).sum(), a_t)[0]  # Eq. (10)
+        return torch.autograd.grad(logits.logsumexp(0).sum(), a_t)[0]  # Eq. (10): S = ∂/∂a_t log sum_i exp(alpha Qbar)
 
 
 @torch.no_grad()
 def velocity(critic, observations, a_t, t, args):
-    """v, (B, A): the derivative of a_t in t along the probability-flow ODE of p_t."""
+    """v, (B, A): the derivative of a_t in t along the probability-flow ODE of p_t. Eq. (4)"""
     s = score(critic, observations, a_t, t, args)
     if args.score_scale is not None:
         s = args.score_scale * s / (s.norm(dim=-1, keepdim=True) + 1e-6)
     if args.path == "linear":
-        return -(a_t + t * s) / (1 - t)  # (a_t - E[a_0 | a_t]) / t, written in terms of the score
-    beta = args.beta_min + (args.beta_max - args.beta_min) * t
-    return -0.5 * beta * (a_t + s)  # Eq. (4)
+        return -(a_t + t * s) / (1 - t)  # Eq. (4): v = -(a_t + t S) / (1 - t)
+    b = BETA_MIN + (BETA_MAX - BETA_MIN) * t
+    return -0.5 * b * (a_t + s)  # Eq. (4): v = -(b_t / 2) (a_t + S)
 
 
 def one_step_action(policy, observations, noise):
-    """clip(e - u(e, 0, 1; s)), (..., A): one evaluation of the network. Eq. (7)"""
+    """a(e), (..., A): one evaluation of the network. Eq. (7)"""
     one = noise.new_ones((1,) * noise.dim())
-    return (noise - policy(observations, noise, torch.zeros_like(one), one)).clamp(-1, 1)
+    u = policy(observations, noise, torch.zeros_like(one), one)
+    return (noise - u).clamp(-1, 1)  # Eq. (7): a(e) = clip(e - u(e, 0, 1; s), -1, 1)
 
 
 def best_of_n(policy, critic, observations, noise):
-    """Eq. (9): of the actions made from noise (B, N, A), the one that the critic likes best, (B, A)."""
+    """Of the actions made from noise (B, N, A), the one that the critic likes best, (B, A). Eq. (9)"""
     observations = observations.unsqueeze(1).expand(-1, noise.shape[1], -1)
     candidates = one_step_action(policy, observations, noise)  # (B, N, A)
     if noise.shape[1] == 1:
         return candidates[:, 0]
-    index = critic(observations, candidates).amin(0).argmax(1)
+    index = critic(observations, candidates).amin(0).argmax(1)  # Eq. (9): argmax_i min_k Q_k(s, a(e_i))
     return candidates[torch.arange(len(index), device=index.device), index]
 
 
@@ -323,18 +320,20 @@ def critic_loss(policy, critic, target_critic, batch, next_noise, args):
     with torch.no_grad():
         next_actions = best_of_n(policy, critic, batch["next_observations"], next_noise)
         q_next = target_critic(batch["next_observations"], next_actions).amin(0)
-        q_target = args.reward_scale * batch["rewards"] + args.gamma * batch["masks"] * q_next
-    return (critic(batch["observations"], batch["actions"]) - q_target).square().mean(1).sum()  # Eq. (8)
+        rewards = args.reward_scale * batch["rewards"]
+        y = rewards + args.gamma * batch["masks"] * q_next  # Eq. (8): y = rew + gamma (1 - done) min_k Q'_k
+    q = critic(batch["observations"], batch["actions"])
+    return (q - y).square().mean(1).sum()  # Eq. (8): L_critic = sum_k mean (Q_k - y)^2
 
 
 def mean_flow_output_and_target(policy, critic, observations, actions, noise, t, r, args):
     """The network's output at (a_t, r, t; s) and its stop-gradient regression target, both (B, A)."""
     mu, sigma = mu_sigma(t, args)
-    a_t = mu * actions + sigma * noise  # Eq. (1)
+    a_t = mu * actions + sigma * noise  # Eq. (1): a_t = mu_t a_0 + sigma_t e
     v = velocity(critic, observations, a_t, t, args)
     u, du_dt = jvp(lambda a, r, t: policy(observations, a, r, t), (a_t, r, t),
-                   (v, torch.zeros_like(r), torch.ones_like(t)))
-    u_tgt = v - (t - r) * du_dt  # Eq. (5)
+                   (v, torch.zeros_like(r), torch.ones_like(t)))  # Eq. (5): du/dt = v ∂u/∂a_t + ∂u/∂t
+    u_tgt = v - (t - r) * du_dt  # Eq. (5): u_tgt = v - (t - r) du/dt
     return u, u_tgt.detach()
 
 
@@ -343,13 +342,12 @@ def actor_loss(policy, critic, batch, draws, args):
     noise, (t, r), own_noise = draws
     actions = batch["actions"]
     if args.policy_actions > 0:
-        own = torch.rand_like(t) < args.policy_actions
+        own = torch.rand_like(t) < args.policy_actions  # a bool tensor: how many rows it picks may not shape a tensor
         with torch.no_grad():
             actions = torch.where(own, one_step_action(policy, batch["observations"], own_noise), actions)
     u, u_tgt = mean_flow_output_and_target(policy, critic, batch["observations"], actions, noise, t, r, args)
     d = (u - u_tgt).square().mean(-1)  # (B,)
-    weight = (d.detach() + args.adaptive_constant) ** -args.adaptive_power
-    return (weight * d).mean()  # Eq. (6)
+    return ((d.detach() + 1e-3) ** -args.adaptive_power * d).mean()  # Eq. (6): L_actor = mean sg[(d + c)^-p] d
 
 
 class Agent(nn.Module):
@@ -357,10 +355,10 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, act_dim, args, device):
         super().__init__()
-        self.args, self.step, self.updates = args, 0, 0  # environment and gradient steps
+        self.args = args
         self.policy = Policy(obs_dim, act_dim, args.policy_width, args.policy_depth)
-        self.critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth, args.critic_form)
-        self.target_critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth, args.critic_form)
+        self.critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth)
+        self.target_critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
         self.register_buffer("obs_mean", torch.zeros(obs_dim))  # only tells evaluate() the device
@@ -401,122 +399,30 @@ class Agent(nn.Module):
         noise = torch.randn(shape, device=observations.device, generator=generator)
         return best_of_n(self.policy, self.critic, observations, noise)
 
-    def training_state(self):
-        """What continuing needs besides `state_dict()`."""
-        return dict(actor_optimizer=self.actor_optimizer.state_dict(), updates=self.updates,
-                    critic_optimizer=self.critic_optimizer.state_dict())
-
-    def load_training_state(self, state):
-        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        for optimizer in (self.actor_optimizer, self.critic_optimizer):
-            optimizer.param_groups[0]["lr"] = self.args.learning_rate  # may be given anew beside --resume
-            optimizer.param_groups[0]["capturable"] = self.obs_mean.is_cuda  # the checkpoint may be from a CPU
-        self.updates = state["updates"]
-
 
 # ---------------------------------------------------------------- environment
 class BadInput(Exception):
     """Something that the user can mend: one line on stderr, exit code 2."""
 
 
-D4RL_TASKS = {  # successor of D4RL's environment, and D4RL's reference returns (random, expert)
-    "hopper": ("Hopper-v4", (-20.272305, 3234.3)),
-    "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
-    "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
-    "ant": ("Ant-v4", (-325.6, 3879.7)),
-    "antmaze": ("AntMaze", (0.0, 1.0)),  # a class of the dataset scripts
-    "kitchen": ("FrankaKitchen-v1", (0.0, 4.0)),
-    "pen": ("AdroitHandPen-v1", (96.262799, 3076.8331017826877)),
-    "door": ("AdroitHandDoor-v1", (-56.512833, 2880.5693087298737)),
-    "hammer": ("AdroitHandHammer-v1", (-274.856578, 12794.134825156867)),
-    "relocate": ("AdroitHandRelocate-v1", (-6.425911, 4233.877797728884)),
-}
-
-
-def make_env(args, **kwargs):
-    """The environment of --env-id with flat observations and actions in [-1, 1]; kwargs go to gymnasium.make."""
-    warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 on purpose
+@contextlib.contextmanager
+def blame(what):
+    """Whatever fails in here is the fault of `what`, something that the user can mend: no traceback."""
     try:
-        env = gym.make(args.env_id, **kwargs)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        raise BadInput(f"--env-id {args.env_id} cannot be made ({error}): see --help") from error
-    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
-            raise BadInput(f"--env-id {args.env_id}: {name} must be flat vectors of numbers, not {space}")
-    if not env.action_space.is_bounded():
-        raise BadInput(f"--env-id {args.env_id}: actions must lie in a bounded box, not {env.action_space}")
-    if (env.action_space.low == -1).all() and (env.action_space.high == 1).all():
-        return env
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        yield
+    except Exception as error:
+        # the first sentence: torch's second one advises to run what a file says
+        text = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}".split(". ")[0]
+        package = f" (pip install {error.name} mujoco==3.11.0)" if isinstance(error, ImportError) else ""
+        raise BadInput(f"{what}: {text}{package}") from error
 
 
-def normalized_score(episodic_return, reference):
-    """A return in percent of the way from the random to the expert reference."""
-    return 100 * (episodic_return - reference[0]) / (reference[1] - reference[0])
-
-
-# ---------------------------------------------------------------- recorded dataset
-def check_recordable(args, capacity, own):
-    """Raises BadInput, before anything is trained, for a --record-dataset that could not be written at the end. `own`
-    is the name that this run may have written before it was resumed."""
-    try:
-        import jax  # noqa: F401  Minari needs it to write
-        from minari.dataset.minari_dataset import parse_dataset_id
-        from minari.storage import get_dataset_path
-
-        parse_dataset_id(args.record_dataset)
-        path = get_dataset_path(args.record_dataset)
-    except ImportError as error:
-        raise BadInput(f'--record-dataset: {error}; pip install "minari[create]"') from error
-    except ValueError as error:
-        raise BadInput(f"--record-dataset {args.record_dataset}: {error}") from error
-    if path.exists() and args.record_dataset != own:
-        raise BadInput(f"--record-dataset {args.record_dataset}: {path} exists; delete it or give another name")
-    needed = -(-args.total_timesteps // args.num_envs) * args.num_envs  # whole steps of all environments
-    if capacity < needed:
-        raise BadInput(f"--record-dataset needs a --buffer-size of at least {needed}")
-
-
-def record_dataset(args, env, replay, ends, count):
-    """Writes the first `count` rows of the replay as the Minari dataset --record-dataset, whole or not at all."""
-    import minari
-    from minari.data_collector import EpisodeBuffer
-    from minari.storage import get_dataset_path
-
-    box = env.unwrapped.action_space
-    arrays = {key: value[:count].cpu().numpy() for key, value in replay.items()}
-    arrays["actions"] = (box.low + (arrays["actions"] + 1) / 2 * (box.high - box.low)).clip(box.low, box.high)
-    episodes = []
-    for i in range(args.num_envs):  # row number is step * num_envs + environment
-        rows = np.arange(i, count, args.num_envs)
-        for part in np.split(rows, np.flatnonzero(ends[rows[:-1]]) + 1):
-            terminations, truncations = arrays["masks"][part] == 0, np.zeros(len(part), dtype=bool)
-            truncations[-1] = not terminations[-1]  # at the time limit, or where the run ended
-            observations = np.concatenate([arrays["observations"][part], arrays["next_observations"][part[-1:]]])
-            episodes.append(EpisodeBuffer(id=len(episodes), observations=observations, actions=arrays["actions"][part],
-                                          rewards=arrays["rewards"][part], terminations=terminations,
-                                          truncations=truncations))
-    references = [scores for name, scores in D4RL_TASKS.values() if name.split("-")[0] == args.env_id.split("-")[0]]
-    low, high = references[0] if references else (None, None)
-    final = get_dataset_path(args.record_dataset)
-    partial = get_dataset_path(f".{os.getpid()}")  # hidden from Minari, and on the same disk as the final place
-    folder = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(partial)
-    minari.create_dataset_from_buffers(
-        args.record_dataset, episodes, env=env.spec.id, ref_min_score=low, ref_max_score=high,
-        observation_space=gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32),
-        action_space=box, algorithm_name=SCRIPT, code_permalink=f"{SCRIPT}.py",
-        requirements=["gymnasium[mujoco]>=1.1"],
-        description=f"Everything that {SCRIPT}.py collected in {count} steps with {json.dumps(asdict(args))}")
-    del os.environ["MINARI_DATASETS_PATH"]
-    if folder is not None:
-        os.environ["MINARI_DATASETS_PATH"] = folder
-    shutil.rmtree(final, ignore_errors=True)  # of an earlier life of this run
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(partial / args.record_dataset, final)
-    shutil.rmtree(partial)
-    print(f"wrote {len(episodes)} episodes, {count} steps, as Minari dataset {args.record_dataset} to {final}")
+def make_env(task, **kwargs):
+    """The environment of a task with flat observations and actions in [-1, 1]; kwargs go to gymnasium.make."""
+    env = gym.wrappers.FlattenObservation(gym.make(task["env_id"], **task["kwargs"], **kwargs))
+    if len(env.action_space.shape) != 1:
+        raise BadInput(f"actions must be vectors of numbers, not {env.action_space}")
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # minds what has no bounds
 
 
 # ---------------------------------------------------------------- replay
@@ -529,273 +435,248 @@ def sample(replay, batch_size, first=0, end=None):
 
 
 def capture(function, count):
-    """`count` calls of `function` as one CUDA graph, launched at once instead of operation by operation.
+    """`count` calls of `function` as one CUDA graph: returns a function that replays them and returns the last result.
 
-    Returns a function that replays them and returns the last result. `function` must have run before, must read its
-    state from tensors alone, and may not wait for the device.
+    `function` must have run before, must read its state from tensors alone, and may not wait for the device.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # where it has run before
         for _ in range(count):
             result = function()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
+    return lambda: (graph.replay(), result)[1]
 
 
 # ---------------------------------------------------------------- evaluation
-def make_video_env(args, folder, prefix):
-    """The environment of --env-id; its first episode is written to `folder`."""
-    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")  # a prefix for each evaluation
-    try:
-        env = make_env(args, render_mode="rgb_array")
-        env.reset()
-        env.render()
-        return gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: episode == 0,
-                                        name_prefix=prefix, disable_logger=True)
-    except Exception as error:  # rendering fails in a different way on every machine
-        raise BadInput(f"--capture-video: {error} (pip install moviepy; MUJOCO_GL=egl without a screen)") from error
-
-
-def evaluate(agent, args, num_candidates, reference=None, video_dir=None, step=0):
+def evaluate(agent, task, args, num_candidates, video_dir=None, step=0, interrupts=()):
     """Runs --eval-episodes episodes side by side, number i seeded with 1000 * seed + i; returns the eval/ metrics.
-    `step` names the video.
 
-    Environments and random generator are its own, so training does not notice.
+    Environments and random generator are its own, so training does not notice. `step` names the video of the first
+    episode. Raises KeyboardInterrupt once `interrupts` holds something.
     """
     count, device = args.eval_episodes, agent.obs_mean.device
     generator = torch.Generator(device).manual_seed(args.seed)
-    makers = [lambda: make_env(args)] * count
+    makers = [lambda: make_env(task)] * count
     if video_dir is not None:
-        makers[0] = lambda: make_video_env(args, video_dir, f"step-{step}-n-{num_candidates}")
+        makers[0] = lambda: gym.wrappers.RecordVideo(
+            make_env(task, render_mode="rgb_array"), str(video_dir), lambda episode: episode == 0,
+            name_prefix=f"step-{step}-n-{num_candidates}", disable_logger=True)
     envs = gym.vector.SyncVectorEnv(makers)
     observations, _ = envs.reset(seed=[1000 * args.seed + i for i in range(count)])
     returns, lengths, successes, running = np.zeros(count), np.zeros(count), None, np.ones(count, dtype=bool)
     while running.any():  # an environment that is done goes on until all are, but no longer counts
+        if interrupts:
+            raise KeyboardInterrupt
         observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
         actions = agent.act(observations, num_candidates, generator).cpu().numpy()
         observations, rewards, terminated, truncated, infos = envs.step(actions)
         returns += rewards * running
         lengths += running
         if "success" in infos:
-            successes = np.zeros(count, dtype=bool) if successes is None else successes
-            successes |= running & infos["success"].astype(bool)
+            successes = (False if successes is None else successes) | running & infos["success"].astype(bool)
         running &= ~(terminated | truncated)
     envs.close()
     metrics = {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std(),
                "eval/episodic_length": lengths.mean()}
-    if reference is not None:
-        metrics["eval/normalized_score"] = normalized_score(returns.mean(), reference)
+    if task["reference"] is not None:
+        low, high = task["reference"]
+        metrics["eval/normalized_score"] = 100 * (returns.mean() - low) / (high - low)
     if successes is not None:
         metrics["eval/success_rate"] = successes.mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
-# ---------------------------------------------------------------- checkpoint and log
-def save(state, path):
-    """Writes a checkpoint so that `path` is always a whole file: to a temporary name, flushed, renamed."""
-    partial = path.with_suffix(".tmp")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
+# ---------------------------------------------------------------- flags, checkpoint, training loop
 def load(path, script=SCRIPT):
-    """(path, contents) of a checkpoint of `script`, read as data only: nothing in the file is executed."""
-    path = pathlib.Path(path)
+    """Folder and contents of a checkpoint of `script`, read as data only: nothing in the file is executed."""
+    path = pathlib.Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
-    try:
+    with blame(f"checkpoint {path}"):
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch does not look at the checksums
+                raise BadInput(f"damaged, the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler fails in a dozen ways, and advises to run what the file says
-        raise BadInput(f"{path}: missing, damaged or not a checkpoint ({type(error).__name__})") from error
-    found = state.get("script") if isinstance(state, dict) else None
-    if found != script:
-        raise BadInput(f"{path}: a checkpoint of {found or 'something else'}, not of {script}")
-    return path, state
-
-
-class Log:
-    """Rows of metrics, in metrics.jsonl and, with --track, in wandb."""
-
-    def __init__(self, run_dir, args, offset):
-        self.file, self.wandb = (run_dir / "metrics.jsonl").open("a"), None
-        end = self.file.seek(min(offset, self.file.seek(0, os.SEEK_END)))
-        self.file.truncate(end)  # rows after the checkpoint will be written again
-        if args.track:
-            import wandb
-
-            try:
-                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                        id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-            except wandb.errors.Error as error:
-                raise BadInput(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from error
-
-    def __call__(self, step, metrics):
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-
-    def close(self):
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
+        if state["script"] != script:
+            raise BadInput(f"of {state['script']}, not of {script}")
+    return path.parent, state
 
 
 def parse_args(argv=None):
-    """Flags, over the values of the checkpoint that --resume or --evaluate names, or else over the task's defaults.
+    """Flags, over those of the checkpoint that --resume or --evaluate names, or else over the task's defaults.
 
-    Returns the args, the checkpoint's path and its contents (both None without one).
+    Returns the args, the run folder and the checkpoint (None without one).
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("env-id", "resume", "evaluate"):
-        peek.add_argument(f"--{flag}", f"--{flag.replace('-', '_')}")
-    given, _ = peek.parse_known_args(argv)
-    path = checkpoint = None
-    if given.resume and given.evaluate:
-        raise BadInput("--resume and --evaluate exclude each other: the one trains on, the other only evaluates")
-    if given.resume or given.evaluate:
-        path, checkpoint = load(given.resume or given.evaluate)
-        try:
-            defaults = Args(**{**checkpoint["args"], "resume": None, "evaluate": None})
-        except (KeyError, TypeError) as error:
-            raise BadInput(f"{path}: written by another version of {SCRIPT} ({error})") from error
-    else:
-        env_id = given.env_id or Args.env_id
-        defaults = Args(env_id=env_id, **task_defaults(env_id))
+    given = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)[0]  # a first look
+    name = given.run_name or f"{given.env_id.replace('/', '_')}__{SCRIPT}__{given.seed}"
+    run_dir, checkpoint = pathlib.Path(given.runs_dir).expanduser() / name, None
+    if given.evaluate or given.resume not in (None, "auto"):
+        run_dir, checkpoint = load(given.evaluate or given.resume)
+    elif (run_dir / "checkpoint.pt").exists():
+        if given.resume != "auto":
+            raise BadInput(f"{run_dir} holds a run: --resume auto continues it, --run-name NAME starts another")
+        run_dir, checkpoint = load(run_dir)
+    with blame(f"{run_dir}, written by another version of {SCRIPT}"):
+        flags = checkpoint["args"] if checkpoint else dict(env_id=given.env_id, **task_defaults(given.env_id))
+        defaults = Args(**{**flags, "resume": None, "evaluate": None})
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n")[0])
+    if args.resume and args.evaluate:
+        raise BadInput("--resume and --evaluate exclude each other: the one trains on, the other only evaluates")
     for key, value in asdict(args).items():
-        flag = f"--{key.replace('_', '-')} {value}"
-        least = 0 if key in ("seed", "ema_start", "online_steps") else 1
+        flag = f"--{key.replace('_', '-')}"
         if value == "":
-            raise BadInput(f"{flag}is empty; is a shell variable unset?")
-        if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**63:
-            raise BadInput(f"{flag}: must be at least {least} and fit into 64 bits")
-        if isinstance(value, float) and not (value >= 0 or key in ("reward_shift", "time_mean") and value > -math.inf):
-            raise BadInput(f"{flag}: must be at least 0")
-        if key == "utd" and value == math.inf:
-            raise BadInput(f"{flag}: must be finite")
-        if key in ("gamma", "tau") and not 0 <= value <= 1:
-            raise BadInput(f"{flag}: must lie between 0 and 1")
-        if checkpoint is not None and key not in ("resume", "evaluate") and value != getattr(defaults, key):
-            print(f"{flag} instead of the checkpoint's {getattr(defaults, key)}")
-    return args, path, checkpoint
+            raise BadInput(f"{flag} is empty; is a shell variable unset?")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = RANGES.get(key, (1, 10**9) if isinstance(value, int) else (1e-12, 1e9))
+            if not low <= value <= high:
+                raise BadInput(f"{flag} {value} must lie between {low:,} and {high:,}")
+    return args, run_dir, checkpoint
 
 
 def main(argv=None):
     """Runs the command line `argv` and returns the exit code: 0 done, 3 non-finite loss, 130 interrupted."""
-    args, checkpoint_path, checkpoint = parse_args(argv)
+    args, run_dir, checkpoint = parse_args(argv)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA needs it for --torch-deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
-        print("no CUDA device: running on the CPU")
+        print("no CUDA device: running on the CPU", file=sys.stderr)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # what a graph captures may not have begun on the default stream
-    env = make_env(args)
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    with blame(f"--env-id {args.env_id}"):
+        task = dict(env_id=args.env_id, kwargs={}, reference=None)
+        module = task["env_id"].rpartition(":")[0]  # Gymnasium imports it
+        if module not in ("", "data.d4rl_tasks", "gymnasium_robotics") and task["env_id"] not in (argv or sys.argv):
+            raise BadInput(f"a file asks for the import of {module}; allow it with --env-id {task['env_id']}")
+        env = make_env(task, **dict(render_mode="rgb_array") if args.capture_video else {})
+        if args.capture_video and env.reset() and env.render() is not None:  # fails now rather than after hours
+            import moviepy  # noqa: F401
     torch.manual_seed(args.seed)
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(obs_dim, act_dim, args, device)
+    step, updates, optimizers = 0, 0, (agent.actor_optimizer, agent.critic_optimizer)
     if checkpoint is not None:
-        try:
+        with blame(f"the checkpoint in {run_dir} does not fit these flags, or is a policy.pt, only to be evaluated"):
             agent.load_state_dict(checkpoint["agent"])
-            agent.step = checkpoint["step"]
-            if args.resume:
-                agent.load_training_state(checkpoint["training"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise BadInput(f"{checkpoint_path} does not fit these flags, or is a policy.pt, which can be evaluated "
-                           f"but not resumed ({str(error).splitlines()[0]})") from error
+            step = checkpoint["step"]
+            for optimizer, saved in zip(optimizers, () if args.evaluate else checkpoint["optimizers"]):
+                # with this run's groups: learning rates may be given anew, the checkpoint be of another device
+                optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
     candidates = args.num_candidates_eval or args.num_candidates
+    video_dir = run_dir / "videos" if args.capture_video else None
     if args.evaluate:
-        video_dir = checkpoint_path.parent / "videos" if args.capture_video else None
-        metrics = evaluate(agent, args, candidates, None, video_dir, agent.step)
-        print(json.dumps({"step": agent.step, "num_candidates": candidates, **metrics}))
+        metrics = evaluate(agent, task, args, candidates, video_dir, step)
+        print(json.dumps({"step": step, "num_candidates": candidates, **metrics}))
         return 0
 
-    for key in ("seed", "num_envs", "utd", "learning_starts", "buffer_size") if args.resume else ():
+    for key in ("env_id", "seed", "num_envs", "utd", "learning_starts", "buffer_size") if checkpoint else ():
         if getattr(args, key) != checkpoint["args"][key]:
-            raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run: its unfinished episodes and "
-                           "its replay buffer go on")
+            raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run; --run-name starts another")
     if args.num_proposals < 2 and args.q_normalization == "state":
         raise BadInput("--num-proposals 1 has no spread to normalise by: take more, or --q-normalization none")
-    capacity = min(args.buffer_size, max(args.total_timesteps, agent.step) + args.num_envs)
-    replay = dict(observations=torch.zeros(capacity, obs_dim, device=device),
-                  actions=torch.zeros(capacity, act_dim, device=device), rewards=torch.zeros(capacity, device=device),
-                  masks=torch.zeros(capacity, device=device),
-                  next_observations=torch.zeros(capacity, obs_dim, device=device))
-    ends = np.zeros(capacity, dtype=bool)  # terminated or truncated, for --record-dataset
-    if args.record_dataset:
-        check_recordable(args, capacity, checkpoint["args"]["record_dataset"] if args.resume else None)
+    if args.learning_starts >= args.total_timesteps:
+        raise BadInput(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps "
+                       f"{args.total_timesteps} to train in")
+    if args.buffer_size < args.num_envs:
+        raise BadInput(f"--buffer-size {args.buffer_size} holds no step of --num-envs {args.num_envs} environments")
+    capacity = min(args.buffer_size, max(args.total_timesteps, step) + args.num_envs)
+    with blame(f"--buffer-size {args.buffer_size}"):  # it may not fit into the memory
+        replay = dict(observations=torch.zeros(capacity, obs_dim, device=device),
+                      actions=torch.zeros(capacity, act_dim, device=device),
+                      rewards=torch.zeros(capacity, device=device), masks=torch.zeros(capacity, device=device),
+                      next_observations=torch.zeros(capacity, obs_dim, device=device))
 
     def episode_seed(number):
         """Every episode has its own seed, so that a resumed run can play the unfinished ones again."""
         return int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0])
 
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(args)] * args.num_envs,
-                                    autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    # Of the episode that each environment is in: its number, its return so far and its actions; and how many began.
     count = args.num_envs
     running = dict(episodes=count, number=list(range(count)), total=[0.0] * count, actions=[[] for _ in range(count)])
-    if args.resume:
-        running = checkpoint["running"]
-    observations, _ = envs.reset(seed=[episode_seed(number) for number in running["number"]])
-    if args.resume:  # plays the unfinished episodes again: same seed, same actions, same state
-        for i, actions in enumerate(running["actions"]):
+    running = checkpoint["running"] if checkpoint else running
+    with blame(f"--env-id {args.env_id}"):
+        envs = gym.vector.SyncVectorEnv([lambda: make_env(task)] * count,
+                                        autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+        observations, _ = envs.reset(seed=[episode_seed(number) for number in running["number"]])
+        for i, actions in enumerate(running["actions"]):  # of a resumed run: the same seed, the same actions
             for action in actions:
                 observations[i] = envs.envs[i].step(action.numpy())[0]
-        if not np.array_equal(observations, checkpoint["observations"].numpy()):
-            raise BadInput(f"{args.env_id} is not deterministic: the unfinished episodes of {checkpoint_path} went "
-                           "another way, so the run cannot be continued bit for bit")
-        for key, value in checkpoint["replay"].items():
+        if checkpoint is not None and not np.array_equal(observations, checkpoint["observations"].numpy()):
+            raise BadInput(f"not deterministic: the unfinished episodes in {run_dir} went another way this time")
+    if checkpoint is not None:
+        for key, value in checkpoint.pop("replay").items():
             replay[key][:len(value)] = value.to(device)
-        ends[:len(value)] = checkpoint["ends"].numpy()
-        del checkpoint["replay"], value  # as large as the buffer
-        torch.set_rng_state(checkpoint["random"]["cpu"])
-        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:  # None: saved on a CPU
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
 
-    name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = checkpoint_path.parent if args.resume else pathlib.Path(args.runs_dir) / name
-    video_dir = run_dir / "videos" if args.capture_video else None
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise BadInput("--track needs wandb: pip install wandb")
-    if args.capture_video:
-        make_video_env(args, pathlib.Path(args.runs_dir), "test").close()  # fails now rather than after hours
-    packages = ("torch", "numpy", "gymnasium", "mujoco")
-    about = {"args": asdict(args), "device": str(device), "threads": torch.get_num_threads(),
-             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}}
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir / ".lock")
+        lock.acquire(timeout=0)  # two processes never write one folder
+        packages = ("torch", "numpy", "gymnasium", "mujoco")
+        about = dict(args=asdict(args), device=str(device), threads=torch.get_num_threads(),
+                     python=sys.version, versions={name: importlib.metadata.version(name) for name in packages})
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
-        log = Log(run_dir, args, checkpoint["log_offset"] if args.resume else 0)
-    except OSError as error:
-        raise BadInput(f"the run folder cannot be written ({error}): give another --runs-dir") from error
-    print(f"{args.env_id}: {args.num_envs} environments, run folder {run_dir}")
+        (run_dir / "done.json").unlink(missing_ok=True)
+        log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
+        end = min(checkpoint["log_offset"], log_file.tell()) if checkpoint else 0
+        log_file.seek(log_file.truncate(end))  # later rows will be written again
+        if args.track:
+            import wandb
+
+            wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
+    print(f"{args.env_id}: {args.num_envs} environments; run folder {run_dir}")
+
+    def log(metrics):
+        log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        if args.track:
+            wandb.log(metrics, step=step)
 
     def evaluate_and_log(prefix, num_candidates):
-        metrics = evaluate(agent, args, num_candidates, None, video_dir, agent.step)
-        log(agent.step, {name.replace("eval/", prefix): value for name, value in metrics.items()})
+        metrics = evaluate(agent, task, args, num_candidates, video_dir, step, interrupts)
+        log({name.replace("eval/", prefix): value for name, value in metrics.items()})
         text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
-        tqdm.write(f"step {agent.step}, N = {num_candidates}: {text}")
+        tqdm.write(f"step {step}, N = {num_candidates}: {text}")
+
+    def save():
+        """policy.pt and checkpoint.pt, each always a whole file: written under another name, flushed, renamed."""
+        state = dict(script=SCRIPT, args=asdict(args), step=step, task=task, agent=agent.state_dict())
+        more = dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], random_cpu=torch.get_rng_state(),
+                    random_cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None,
+                    log_offset=log_file.tell(), evaluated=evaluated, updates=updates, running=running,
+                    observations=torch.as_tensor(observations),
+                    # row = step * num_envs + environment; copies, since torch would save the whole buffer
+                    replay={key: value[:step].to("cpu", copy=True) for key, value in replay.items()})
+        for path, contents in ((run_dir / "policy.pt", state), (run_dir / "checkpoint.pt", {**state, **more})):
+            partial = path.with_suffix(".tmp")
+            try:
+                with blame(f"{path} cannot be written, the one before stays"), open(partial, "wb") as file:
+                    torch.save(contents, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def interrupt(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        interrupts.append(number)
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step\n".encode())
 
     interrupts = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
-        signal.signal(number, lambda n, _: (interrupts.append(n), signal.signal(n, signal.SIG_DFL)))
-    bar = tqdm(total=args.total_timesteps, initial=agent.step, unit="step",
-               mininterval=1 if sys.stderr.isatty() else 60)
-    clock, clock_step, clock_updates = time.time(), agent.step, agent.updates
-    burst = max(round(args.utd * args.num_envs), 1)  # gradient steps per step of all environments
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    stop = evaluated = False  # evaluated: whether the log has this step's rows of eval/
+    if checkpoint is not None:
+        evaluated, updates = checkpoint["evaluated"], checkpoint["updates"]
+        torch.set_rng_state(checkpoint["random_cpu"])
+        if device.type == "cuda" and checkpoint["random_cuda"] is not None:  # None: saved on a CPU
+            torch.cuda.set_rng_state(checkpoint["random_cuda"])
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
+    clock, clock_step, clock_updates = time.time(), step, updates
     # A graph may only hold what has run before: three updates launch operation by operation first.
-    graphs, graphs_from = args.cuda_graph and device.type == "cuda", agent.updates + 3
-    replay_act = replay_updates = None
-    parts, stop, filled = {}, False, torch.tensor(0, device=device)
-    current = torch.zeros(args.num_envs, obs_dim, device=device)  # where the graph of `act` reads
+    graphs, graphs_from, replay_updates = args.cuda_graph and device.type == "cuda", updates + 3, None
+    burst, replay_act = max(round(args.utd * args.num_envs), 1), None  # gradient steps per step of all environments
+    # What a graph reads must be a tensor that stays where it is: rows in the buffer, and what `act` looks at.
+    filled, current = torch.tensor(0, device=device), torch.zeros(args.num_envs, obs_dim, device=device)
+    parts = {}
 
     def act():
         actions = agent.act(current, args.num_candidates)
@@ -804,96 +685,92 @@ def main(argv=None):
     def update():
         return agent.update(sample(replay, args.batch_size, 0, filled))
 
-    while agent.step < args.total_timesteps and not stop:
-        def due(interval):
-            """Whether the last step of all environments reached a multiple of `interval`."""
-            return agent.step // interval > max(agent.step - args.num_envs, 0) // interval
+    def due(interval):
+        """Whether the last step of all environments reached a multiple of `interval`."""
+        return step // interval > max(step - args.num_envs, 0) // interval
 
-        if due(args.eval_interval):  # after the checkpoint, so that resuming repeats it
-            paused = time.time()
-            evaluate_and_log("eval/", candidates)
-            clock += time.time() - paused
-        if agent.step < args.learning_starts:
-            actions = 2 * torch.rand(args.num_envs, act_dim, device=device) - 1
-        else:
-            current.copy_(torch.as_tensor(observations))
-            if graphs and agent.updates >= graphs_from:
-                replay_act = replay_act or capture(act, 1)
-            actions = (replay_act or act)()
-        played = actions.cpu()
-        next_observations, rewards, terminated, truncated, _ = envs.step(played.numpy())
-        done = terminated | truncated
-        rows = torch.arange(agent.step, agent.step + args.num_envs, device=device) % capacity
-        for key, value in (("observations", observations), ("actions", actions), ("rewards", rewards),
-                           ("masks", 1.0 - terminated), ("next_observations", next_observations)):
-            replay[key][rows] = torch.as_tensor(value, dtype=torch.float32, device=device)
-        ends[np.arange(agent.step, agent.step + args.num_envs) % capacity] = done
-        observations = next_observations
-        for i in range(args.num_envs):
-            running["actions"][i].append(played[i])
-            running["total"][i] += float(rewards[i])
-        agent.step += args.num_envs
-        bar.update(args.num_envs)
-        if done.any():
-            for i in np.flatnonzero(done):
-                if math.isfinite(running["total"][i]):  # else the losses are not either, which ends the run soon
-                    log(agent.step, {"charts/episodic_return": running["total"][i],
-                                     "charts/episodic_length": len(running["actions"][i])})
-                running["number"][i], running["total"][i], running["actions"][i] = running["episodes"], 0.0, []
-                running["episodes"] += 1
-            observations, _ = envs.reset(seed=[episode_seed(number) for number in running["number"]],
-                                         options={"reset_mask": done})
-
-        filled.fill_(min(agent.step, capacity))
-        while (left := math.ceil(args.utd * (agent.step - args.learning_starts)) - agent.updates) > 0:
-            if graphs and left >= burst and agent.updates >= graphs_from:
-                replay_updates = replay_updates or capture(update, burst)
-                parts = replay_updates()
-                agent.updates += burst
+    try:
+        while step < args.total_timesteps and not stop:
+            if due(args.eval_interval) and not evaluated:  # after the checkpoint: resuming repeats it
+                paused = time.time()
+                evaluate_and_log("eval/", candidates)
+                clock += time.time() - paused
+            evaluated = False
+            if step < args.learning_starts:
+                actions = 2 * torch.rand(args.num_envs, act_dim, device=device) - 1
             else:
-                parts = update()
-                agent.updates += 1
+                current.copy_(torch.as_tensor(observations))
+                if graphs and updates >= graphs_from:
+                    replay_act = replay_act or capture(act, 1)
+                actions = (replay_act or act)()
+            played = actions.cpu()
+            next_observations, rewards, terminated, truncated, _ = envs.step(played.numpy())
+            rows = torch.arange(step, step + args.num_envs, device=device) % capacity
+            for key, value in (("observations", observations), ("actions", actions), ("rewards", rewards),
+                               ("masks", 1.0 - terminated), ("next_observations", next_observations)):
+                replay[key][rows] = torch.as_tensor(value, dtype=torch.float32, device=device)
+            observations, done = next_observations, terminated | truncated
+            for i in range(args.num_envs):
+                running["actions"][i].append(played[i])
+                running["total"][i] += float(rewards[i])
+            step += args.num_envs
+            bar.update(args.num_envs)
+            if done.any():
+                for i in np.flatnonzero(done):
+                    if math.isfinite(running["total"][i]):  # else the losses are not either, which ends the run soon
+                        log({"charts/episodic_return": running["total"][i],
+                             "charts/episodic_length": len(running["actions"][i])})
+                    running["number"][i], running["total"][i], running["actions"][i] = running["episodes"], 0.0, []
+                    running["episodes"] += 1
+                observations, _ = envs.reset(seed=[episode_seed(number) for number in running["number"]],
+                                             options={"reset_mask": done})
 
-        stop = agent.step >= args.total_timesteps or bool(interrupts)
-        save_due = due(args.checkpoint_interval) or stop
-        if due(args.log_interval) or save_due or due(args.eval_interval):  # else losses stay on the device
-            values = {f"losses/{name}": value.item() for name, value in parts.items()}
-            if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                bar.close()
-                log.close()
-                print(f"{SCRIPT}: step {agent.step}: {bad[0]} is {values[bad[0]]}; the last good checkpoint is "
-                      f"{run_dir / 'checkpoint.pt'}, if one was due", file=sys.stderr)
-                return 3
-            if due(args.log_interval):
-                seconds, clock = time.time() - clock, time.time()
-                log(agent.step, {"charts/SPS": (agent.step - clock_step) / seconds,
-                                 "charts/UPS": (agent.updates - clock_updates) / seconds, **values})
-                clock_step, clock_updates = agent.step, agent.updates
-        if save_due:
-            state = dict(script=SCRIPT, args=asdict(args), step=agent.step, agent=agent.state_dict())
-            save(state, run_dir / "policy.pt")
-            cuda_state = torch.cuda.get_rng_state() if device.type == "cuda" else None
-            save(dict(state, training=agent.training_state(), log_offset=log.file.tell(),
-                      replay={key: value[:agent.step].to("cpu", copy=True) for key, value in replay.items()},
-                      ends=torch.as_tensor(ends[:agent.step]), running=running,
-                      observations=torch.as_tensor(observations),
-                      random=dict(cpu=torch.get_rng_state(), cuda=cuda_state)), run_dir / "checkpoint.pt")
+            filled.fill_(min(step, capacity))
+            while (left := math.ceil(args.utd * (step - args.learning_starts)) - updates) > 0:
+                if graphs and left >= burst and updates >= graphs_from:
+                    replay_updates = replay_updates or capture(update, burst)
+                    parts, count = replay_updates(), burst
+                else:
+                    parts, count = update(), 1
+                updates += count
+            stop = bool(interrupts)
+            save_due = due(args.checkpoint_interval) or step >= args.total_timesteps or stop
+            if save_due or due(args.log_interval) or due(args.eval_interval):  # else nothing is copied
+                values = {f"losses/{name}": value.item() for name, value in parts.items()}
+                if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+                    print(f"{SCRIPT}: step {step}: {bad[0]} is {values[bad[0]]}; {run_dir} has what was saved before",
+                          file=sys.stderr)
+                    return 3
+                if due(args.log_interval):
+                    seconds, clock = time.time() - clock, time.time()
+                    log({"charts/SPS": (step - clock_step) / seconds,
+                         "charts/UPS": (updates - clock_updates) / seconds, **values})
+                    clock_step, clock_updates = step, updates
+            if save_due:
+                save()
+        if not stop and not evaluated:
+            evaluate_and_log("eval/", candidates)
+            evaluate_and_log("eval_n1/", 1)
+            evaluated = True
+            save()  # so that extending the run keeps these rows
+    except KeyboardInterrupt:  # of an evaluation
+        save()
     bar.close()
-    if args.record_dataset:
-        record_dataset(args, env, replay, ends, agent.step)
     if interrupts:
-        print(f"interrupted at step {agent.step}, state saved; continue with: python {SCRIPT}.py --resume {run_dir}")
-        log.close()
+        print(f"interrupted at step {step}; continue with: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
         return 130
-    evaluate_and_log("eval/", candidates)
-    evaluate_and_log("eval_n1/", 1)
-    log.close()
+    (run_dir / "done.json").write_text(json.dumps({"step": step}))
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         sys.exit(main())
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # OSError: a full disk, a vanished folder, a closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python minds the closed pipe once more
         print(f"{SCRIPT}: {' '.join(str(error).split())}", file=sys.stderr)  # one line
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{SCRIPT}: interrupted", file=sys.stderr)
+        sys.exit(130)
