@@ -642,7 +642,7 @@ def parse_args(argv=None):
     given = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)[0]  # a first look
     name = given.run_name or f"{given.env_id.replace('/', '_')}__{SCRIPT}__{given.seed}"
     run_dir, checkpoint = pathlib.Path(given.runs_dir).expanduser() / name, None
-    if given.evaluate or given.resume not in (None, "auto"):
+    if given.evaluate or given.resume not in (None, "", "auto"):
         run_dir, checkpoint = load(given.evaluate or given.resume)
     elif (run_dir / "checkpoint.pt").exists():
         if given.resume != "auto":
@@ -723,6 +723,8 @@ def main(argv=None):
     del data
 
     with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):
+        if args.track:
+            import wandb  # fails before anything is written
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".lock")
         lock.acquire(timeout=0)  # two processes never write one folder
@@ -735,8 +737,6 @@ def main(argv=None):
         end = min(checkpoint["log_offset"], log_file.tell()) if checkpoint else 0
         log_file.seek(log_file.truncate(end))  # later rows will be written again
         if args.track:
-            import wandb
-
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
     print(f"{args.env_id}: {about_data['transitions']} transitions, {about_data['episodes']} episodes, mean return "
           f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; run folder {run_dir}")
@@ -746,11 +746,13 @@ def main(argv=None):
         if args.track:
             wandb.log(metrics, step=step)
 
-    def evaluate_and_log(prefix, num_candidates):
-        metrics = evaluate(agent, task, args, num_candidates, video_dir, step, interrupts)
-        log({name.replace("eval/", prefix): value for name, value in metrics.items()})
-        text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
-        tqdm.write(f"step {step}, N = {num_candidates}: {text}")
+    def evaluate_and_log(*numbers):
+        """Evaluates with these numbers of candidates, then logs: an interruption leaves all of their rows or none."""
+        found = [evaluate(agent, task, args, number, video_dir, step, interrupts) for number in numbers]
+        for prefix, number, metrics in zip(("eval/", "eval_n1/"), numbers, found):
+            log({name.replace("eval/", prefix): value for name, value in metrics.items()})
+            text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
+            tqdm.write(f"step {step}, N = {number}: {text}")
 
     def save():
         """policy.pt and checkpoint.pt, each always a whole file: written under another name, flushed, renamed."""
@@ -795,7 +797,7 @@ def main(argv=None):
         while step < args.offline_steps and not stop:
             if step and step % args.eval_interval == 0 and not evaluated:  # after the checkpoint: resuming repeats it
                 paused = time.time()
-                evaluate_and_log("eval/", candidates)
+                evaluate_and_log(candidates)
                 clock += time.time() - paused
             evaluated = False
             intervals = args.log_interval, args.eval_interval, args.checkpoint_interval
@@ -812,6 +814,7 @@ def main(argv=None):
             if save_due or step % args.log_interval == 0 or step % args.eval_interval == 0:  # else nothing is copied
                 values = {f"losses/{name}": value.item() for name, value in parts.items()}
                 if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+                    bar.close()
                     print(f"{SCRIPT}: step {step}: {bad[0]} is {values[bad[0]]}; {run_dir} has what was saved before",
                           file=sys.stderr)
                     return 3
@@ -821,8 +824,7 @@ def main(argv=None):
             if save_due:
                 save()
         if not stop and not evaluated:
-            evaluate_and_log("eval/", candidates)
-            evaluate_and_log("eval_n1/", 1)
+            evaluate_and_log(candidates, 1)
             evaluated = True
             save()  # so that extending the run keeps these rows
     except KeyboardInterrupt:  # of an evaluation
