@@ -449,8 +449,8 @@ def blame(what):
     except Exception as error:
         # the first sentence: torch's second one advises to run what a file says
         text = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}".split(". ")[0]
-        package = f" (pip install {error.name} mujoco==3.11.0)" if isinstance(error, ImportError) else ""
-        raise BadInput(f"{what}: {text}{package}") from error
+        hint = f" (pip install {error.name} mujoco==3.11.0)" if isinstance(error, ImportError) and error.name else ""
+        raise BadInput(f"{what}: {text}{hint}") from error
 
 
 D4RL = {  # successor of D4RL's environment, its arguments, and D4RL's returns of a random and of an expert policy
@@ -681,7 +681,8 @@ def main(argv=None):
         loader = load_hdf5 if "/" not in args.env_id or str(path).endswith((".hdf5", ".h5")) else load_minari
         task, *data = [checkpoint["task"]] if args.evaluate else loader(args.env_id, path)
         module = task["env_id"].rpartition(":")[0]  # Gymnasium imports it
-        if module not in ("", "data.d4rl_tasks", "gymnasium_robotics") and task["env_id"] not in (argv or sys.argv):
+        trusted = module in ("", "data.d4rl_tasks", "gymnasium_robotics") or task["env_id"] in str(argv or sys.argv)
+        if not trusted:
             raise BadInput(f"a file asks for the import of {module}; allow it with --env-id {task['env_id']}")
         env = make_env(task, **dict(render_mode="rgb_array") if args.capture_video else {})
         if args.capture_video and env.reset() and env.render() is not None:  # fails now rather than after hours

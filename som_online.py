@@ -9,7 +9,8 @@ The policy to be learned is p_0(a|s) ~ exp(alpha Q(s, a)). Diffusing its actions
 follows from the score of p_t, and the score is estimated from the critic alone, by Monte Carlo. One network
 u(a_t, r, t; s), the average of that velocity between the times r and t, then maps noise to an action in a single
 evaluation. Time t = 0 is the action and t = 1 the noise. The algorithm ends with `Agent`; evaluation, checkpoints and
-the loop follow, where they can with the same text as in the sibling scripts. The equations, as this file numbers them:
+the loop follow, with the same text in the sibling scripts where it can be. `data/fetch.py --from-run RUN-FOLDER NAME`
+makes a Minari data set of what a run collected. The equations, as this file numbers them ("its": the paper's, cited):
 
   (1) a_t = mu_t a_0 + sigma_t e,  mu_t = 1 - t,  sigma_t = t        path; with --path vp instead (its table 3)
       mu_t = exp(-B_t / 2),  sigma_t^2 = 1 - mu_t^2,  B_t = b0 t + (b1 - b0) t^2 / 2,  b0 = 0.1,  b1 = 20
@@ -24,14 +25,12 @@ the loop follow, where they can with the same text as in the sibling scripts. Th
   (9) a*(s) = argmax_i min_k Q_k(s, a(e_i)), i = 1..N                best of N: acting, evaluation and target apart
  (10) S = ∂/∂a_t log sum_i exp(alpha Qbar(s, a_t / mu_t + sigma_t / mu_t z_i))   --score gradient (its Eq. 5, literal)
 
-Known of the paper (at second hand, its table 3): the path is vp, alpha = 1, K = 100, and the score is normalised to
-length w = 25. Two readings of that are
+Two readings of its table 3 (vp, alpha = 1, K = 100, a score of length w = 25), neither of which is the default:
   literal  --path vp --score gradient --alpha 1 --score-scale 25 --adaptive-power 1 --q-normalization batch
   box      --path vp --alpha 1 --score-scale 25
 The literal one fails on every bandit of tests/test_som_bandits.py: near t = 1 its proposals lie 150 action boxes away,
-where the critic is extrapolation. Proposals within the box cure that, and a score of fixed length then has the right
-target, but no network of ours learned it. So the default leaves the length alone and raises alpha instead, on the
-linear path (as in MFPO, arXiv 2604.14698), which the same network learns better than vp (README).
+where the critic is extrapolation. The other has the right target, but no network of ours learned it. So the default
+leaves the score's length alone and raises alpha instead, on the linear path (as in MFPO, arXiv 2604.14698; README).
 """
 import contextlib
 import importlib.metadata
@@ -110,15 +109,13 @@ class Args:
     learning_starts: int = 10_000
     """environment steps with uniformly random actions before the first gradient step"""
     buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds; the oldest give way. Afterwards, `python data/fetch.py --from-run
-    RUN-FOLDER NAME` turns them into a Minari data set for the offline scripts"""
+    """transitions in the replay buffer; the oldest give way"""
     batch_size: int = 256
     """transitions per gradient step"""
     gamma: float = 0.99
     """discount factor, Eq. (8)"""
     tau: float = 0.02
-    """Polyak rate of the target critic, after every gradient step (related work: 0.005; with few gradient steps per
-    environment step the critic then lags behind for most of a run)"""
+    """Polyak rate of the target critic, after every gradient step (related work: 0.005, too slow for a small --utd)"""
     reward_scale: float = 0.2
     """factor on the rewards in training"""
     policy_width: int = 256
@@ -249,7 +246,7 @@ def sample_times(batch_size, args, device):
 def truncated_normal(mean, std, count):
     """(K, B, A) draws of N(mean, std^2) within [-1, 1], by inversion; far tails fall back on clipping.
 
-    In float64: in float32 the distribution function is 0 or 1 from 6 standard deviations on, and steps before.
+    In float64, whose distribution function reaches 1 at 8.3 standard deviations and not, as float32's, at 5.5.
     """
     mean, std = mean.double(), std.double()
     low, high = (-1 - mean) / std, (1 - mean) / std
@@ -413,8 +410,8 @@ def blame(what):
     except Exception as error:
         # the first sentence: torch's second one advises to run what a file says
         text = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}".split(". ")[0]
-        package = f" (pip install {error.name} mujoco==3.11.0)" if isinstance(error, ImportError) else ""
-        raise BadInput(f"{what}: {text}{package}") from error
+        hint = f" (pip install {error.name} mujoco==3.11.0)" if isinstance(error, ImportError) and error.name else ""
+        raise BadInput(f"{what}: {text}{hint}") from error
 
 
 def make_env(task, **kwargs):
@@ -534,6 +531,10 @@ def parse_args(argv=None):
 def main(argv=None):
     """Runs the command line `argv` and returns the exit code: 0 done, 3 non-finite loss, 130 interrupted."""
     args, run_dir, checkpoint = parse_args(argv)
+    if checkpoint is not None and not args.evaluate:
+        for key in ("env_id", "seed", "num_envs", "utd", "learning_starts", "buffer_size"):
+            if getattr(args, key) != checkpoint["args"][key]:
+                raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run; --run-name starts another")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA needs it for --torch-deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
@@ -545,7 +546,8 @@ def main(argv=None):
     with blame(f"--env-id {args.env_id}"):
         task = dict(env_id=args.env_id, kwargs={}, reference=None)
         module = task["env_id"].rpartition(":")[0]  # Gymnasium imports it
-        if module not in ("", "data.d4rl_tasks", "gymnasium_robotics") and task["env_id"] not in (argv or sys.argv):
+        trusted = module in ("", "data.d4rl_tasks", "gymnasium_robotics") or task["env_id"] in str(argv or sys.argv)
+        if not trusted:
             raise BadInput(f"a file asks for the import of {module}; allow it with --env-id {task['env_id']}")
         env = make_env(task, **dict(render_mode="rgb_array") if args.capture_video else {})
         if args.capture_video and env.reset() and env.render() is not None:  # fails now rather than after hours
@@ -568,43 +570,34 @@ def main(argv=None):
         print(json.dumps({"step": step, "num_candidates": candidates, **metrics}))
         return 0
 
-    for key in ("env_id", "seed", "num_envs", "utd", "learning_starts", "buffer_size") if checkpoint else ():
-        if getattr(args, key) != checkpoint["args"][key]:
-            raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run; --run-name starts another")
     if args.num_proposals < 2 and args.q_normalization == "state":
         raise BadInput("--num-proposals 1 has no spread to normalise by: take more, or --q-normalization none")
     if args.learning_starts >= args.total_timesteps:
-        raise BadInput(f"--learning-starts {args.learning_starts} leaves nothing of --total-timesteps "
-                       f"{args.total_timesteps} to train in")
+        raise BadInput(f"--learning-starts must be below --total-timesteps {args.total_timesteps}, or nothing trains")
     if args.buffer_size < args.num_envs:
-        raise BadInput(f"--buffer-size {args.buffer_size} holds no step of --num-envs {args.num_envs} environments")
-    capacity = min(args.buffer_size, max(args.total_timesteps, step) + args.num_envs)
-    with blame(f"--buffer-size {args.buffer_size}"):  # it may not fit into the memory
-        replay = dict(observations=torch.zeros(capacity, obs_dim, device=device),
-                      actions=torch.zeros(capacity, act_dim, device=device),
-                      rewards=torch.zeros(capacity, device=device), masks=torch.zeros(capacity, device=device),
-                      next_observations=torch.zeros(capacity, obs_dim, device=device))
+        raise BadInput(f"--buffer-size must be at least --num-envs {args.num_envs}: it holds whole steps of them")
 
-    def episode_seed(number):
-        """Every episode has its own seed, so that a resumed run can play the unfinished ones again."""
-        return int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0])
-
-    # Of the episode that each environment is in: its number, its return so far and its actions; and how many began.
-    count = args.num_envs
-    running = dict(episodes=count, number=list(range(count)), total=[0.0] * count, actions=[[] for _ in range(count)])
+    running = [dict(number=i, total=0.0, actions=[]) for i in range(args.num_envs)]  # the unfinished episodes
     running = checkpoint["running"] if checkpoint else running
-    with blame(f"--env-id {args.env_id}"):
-        envs = gym.vector.SyncVectorEnv([lambda: make_env(task)] * count,
-                                        autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-        observations, _ = envs.reset(seed=[episode_seed(number) for number in running["number"]])
-        for i, actions in enumerate(running["actions"]):  # of a resumed run: the same seed, the same actions
-            for action in actions:
-                observations[i] = envs.envs[i].step(action.numpy())[0]
+
+    def reset(i):
+        """Begins the episode of environment i. Each has its own seed, so that a resumed run can play it again."""
+        seed = np.random.SeedSequence([args.seed, running[i]["number"]]).generate_state(1)[0]
+        return envs[i].reset(seed=int(seed))[0]
+
+    with blame(f"--env-id {args.env_id}, --buffer-size {args.buffer_size}"):  # which may be more than the memory holds
+        capacity = min(args.buffer_size, max(args.total_timesteps, step) + args.num_envs)
+        shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), masks=(), next_observations=(obs_dim,))
+        replay = {key: torch.zeros(capacity, *shape, device=device) for key, shape in shapes.items()}
+        for key, value in checkpoint.pop("replay").items() if checkpoint else ():
+            replay[key][:len(value)] = value.to(device)
+        envs = [make_env(task) for _ in running]
+        observations = np.stack([reset(i) for i in range(args.num_envs)])
+        for i, episode in enumerate(running):  # of a resumed run: same seed, same actions, same state
+            for action in episode["actions"]:
+                observations[i] = envs[i].step(action.numpy())[0]
         if checkpoint is not None and not np.array_equal(observations, checkpoint["observations"].numpy()):
             raise BadInput(f"not deterministic: the unfinished episodes in {run_dir} went another way this time")
-    if checkpoint is not None:
-        for key, value in checkpoint.pop("replay").items():
-            replay[key][:len(value)] = value.to(device)
 
     with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):
         if args.track:
@@ -674,11 +667,10 @@ def main(argv=None):
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     clock, clock_step, clock_updates = time.time(), step, updates
     # A graph may only hold what has run before: three updates launch operation by operation first.
-    graphs, graphs_from, replay_updates = args.cuda_graph and device.type == "cuda", updates + 3, None
-    burst, replay_act = max(round(args.utd * args.num_envs), 1), None  # gradient steps per step of all environments
-    # What a graph reads must be a tensor that stays where it is: rows in the buffer, and what `act` looks at.
+    graphs, graphs_from = args.cuda_graph and device.type == "cuda", updates + 3
+    replay_act, replay_update, parts = None, None, {}
+    # What a graph reads must be a tensor that stays where it is: the rows in the buffer, and what `act` looks at.
     filled, current = torch.tensor(0, device=device), torch.zeros(args.num_envs, obs_dim, device=device)
-    parts = {}
 
     def act():
         actions = agent.act(current, args.num_candidates)
@@ -706,38 +698,34 @@ def main(argv=None):
                     replay_act = replay_act or capture(act, 1)
                 actions = (replay_act or act)()
             played = actions.cpu()
-            next_observations, rewards, terminated, truncated, _ = envs.step(played.numpy())
+            results = [env.step(action) for env, action in zip(envs, played.numpy())]
+            next_observations, rewards, terminated, truncated = map(np.stack, list(zip(*results))[:4])
             rows = torch.arange(step, step + args.num_envs, device=device) % capacity
-            for key, value in (("observations", observations), ("actions", actions), ("rewards", rewards),
-                               ("masks", 1.0 - terminated), ("next_observations", next_observations)):
-                replay[key][rows] = torch.as_tensor(value, dtype=torch.float32, device=device)
-            observations, done = next_observations, terminated | truncated
-            for i in range(args.num_envs):
-                running["actions"][i].append(played[i])
-                running["total"][i] += float(rewards[i])
+            values = observations, actions, rewards, 1.0 - terminated, next_observations
+            for column, value in zip(replay.values(), values):
+                column[rows] = torch.as_tensor(value, dtype=torch.float32, device=device)
             step += args.num_envs
             bar.update(args.num_envs)
-            if done.any():
-                for i in np.flatnonzero(done):
-                    if math.isfinite(running["total"][i]):  # else the losses are not either, which ends the run soon
-                        log({"charts/episodic_return": running["total"][i],
-                             "charts/episodic_length": len(running["actions"][i])})
-                    running["number"][i], running["total"][i], running["actions"][i] = running["episodes"], 0.0, []
-                    running["episodes"] += 1
-                observations, _ = envs.reset(seed=[episode_seed(number) for number in running["number"]],
-                                             options={"reset_mask": done})
+            observations = next_observations.copy()
+            for i, episode in enumerate(running):
+                episode["actions"].append(played[i])
+                episode["total"] += float(rewards[i])
+                if terminated[i] or truncated[i]:
+                    if math.isfinite(episode["total"]):  # else the losses are not either, which ends the run soon
+                        log({"charts/episodic_return": episode["total"],
+                             "charts/episodic_length": len(episode["actions"])})
+                    running[i] = dict(number=1 + max(e["number"] for e in running), total=0.0, actions=[])
+                    observations[i] = reset(i)
 
             filled.fill_(min(step, capacity))
-            while (left := math.ceil(args.utd * (step - args.learning_starts)) - updates) > 0:
-                if graphs and left >= burst and updates >= graphs_from:
-                    replay_updates = replay_updates or capture(update, burst)
-                    parts, count = replay_updates(), burst
-                else:
-                    parts, count = update(), 1
-                updates += count
+            while updates < args.utd * (step - args.learning_starts):
+                if graphs and updates >= graphs_from:
+                    replay_update = replay_update or capture(update, 1)
+                parts = (replay_update or update)()
+                updates += 1
             stop = bool(interrupts)
             save_due = due(args.checkpoint_interval) or step >= args.total_timesteps or stop
-            if save_due or due(args.log_interval) or due(args.eval_interval):  # else nothing is copied
+            if save_due or due(args.log_interval) or due(args.eval_interval):  # else the losses stay on the device
                 values = {f"losses/{name}": value.item() for name, value in parts.items()}
                 if bad := [name for name, value in values.items() if not math.isfinite(value)]:
                     bar.close()
