@@ -703,8 +703,8 @@ def main(argv=None):
         loader = load_hdf5 if "/" not in args.env_id or str(path).endswith((".hdf5", ".h5")) else load_minari
         task, *data = [checkpoint["task"]] if args.evaluate else loader(args.env_id, path)
         module = task["env_id"].rpartition(":")[0]  # Gymnasium imports it
-        trusted = module in ("", "data.d4rl_tasks", "gymnasium_robotics") or task["env_id"] in str(argv or sys.argv)
-        if not trusted:
+        asked = " ".join(argv or sys.argv).replace("=", " ")  # a folder may be called like the task, so with its flag
+        if module not in ("", "data.d4rl_tasks", "gymnasium_robotics") and f"--env-id {task['env_id']}" not in asked:
             raise BadInput(f"a file asks for the import of {module}; allow it with --env-id {task['env_id']}")
         env = make_env(task, **dict(render_mode="rgb_array") if args.capture_video else {})
         if args.capture_video and env.reset() and env.render() is not None:  # fails now rather than after hours
