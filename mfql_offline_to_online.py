@@ -4,59 +4,55 @@ Paper: Wang, Li, Chen, Shi, Bai, Yu, Fu, "One-Step Generative Policies with Q-Le
 AAAI 2026, arXiv 2511.13035. Authors' code: HiccupRL/MeanFlowQL (JAX), commit 3fab100.
 
 One network g(s, z_t, t) maps Gaussian noise e to an action in a single evaluation, a = g(s, e, 1). Behaviour cloning
-needs no ODE: with t = 0 the data and t = 1 the noise, z_t = (1 - t) a + t e and v = e - a, the average velocity u from
-0 to t obeys the MeanFlow identity u = v - t du/dt; the residual form g = z_t - u turns it into an identity for g. The
-critic picks among N sampled actions and its gradient improves g directly. The equations, as this file numbers them:
+needs no ODE: with t = 0 the data and t = 1 the noise, the average velocity u from 0 to t obeys the MeanFlow identity
+u = v - t du/dt, and the residual form g = z_t - u turns it into one for g. The critic picks among N sampled actions,
+and its gradient improves g directly. The algorithm ends with `Online`; data, evaluation, checkpoints and the loop
+follow, with the same text in the sibling scripts. The equations, as this file numbers them:
 
   (1) z_t = (1 - t) a + t e,  v = e - a                              path from the data a to the noise e
-  (2) g_tgt = sg[z_t + (t - 1) v - t dg/dt],  dg/dt = v dg/dz + dg/dt   MeanFlow identity for g, one JVP
-  (3) L_MFI = mean sg[(d + c)^-p] d,  d = |g - g_tgt|^2 / dim(a)     adaptively weighted cloning loss
+  (2) g_tgt = sg[z_t + (t - 1) v - t dg/dt],  dg/dt = v ∂g/∂z + ∂g/∂t   MeanFlow identity for g, one JVP
+  (3) L_MFI = mean sg[(d + c)^-p] d,  d = |g - g_tgt|^2 / dim(a)     adaptively weighted cloning loss, p .2, c 1e-4
   (4) a(e) = clip(g(s, e, 1), -1, 1),  e ~ N(0, I)                   one-step action
   (5) best-of-N: a* = argmax_i Q'(s, a(e_i)), i = 1..N               value-guided rejection sampling, Q' the target
   (6) L_critic = mean_k (Q_k(s, a) - y)^2,  y = r + gamma (1 - done) Q'(s', a*(s'))
   (7) L_actor = -mean Q(s, a(e)) + L_bound + alpha L_MFI             gradient of Q straight through one step
   (8) L_bound = mean relu(g - 1) + mean relu(-1 - g)                 keeps g(s, e, 1) inside the action box
-  (9) alpha <- 1.2 alpha if L_MFI > 5 avg, 0.8 alpha if L_MFI < avg / 5, every 2000 steps
+  (9) alpha <- 1.2 alpha if L_MFI > 5 avg, 0.8 alpha if L_MFI < avg / 5, every 2000 steps    (the paper's Eq. 21)
 
 Deviations from the authors' code, each for a reason:
 - Attention over the single token is written as the linear map that it is: q, k and their norms have no gradient.
 - alpha's rule (9) acts from the next step on instead of within the same step, and the mask over its window reads the
   stored values (the authors' mask reads empty slots until 20 values are in, which raises alpha in short runs).
 - Observation statistics are those of the data rows, not of a 2M-row buffer padded with zeros.
+- With `--q-aggregation min` best-of-N chooses by the smaller critic as well (the authors: always by the mean).
 - A consistency term of weight zero, early stopping and pretraining are left out.
 Deviations of the code (followed here) from the paper: critic learning rate 3e-4 (paper 1e-4), Xavier-uniform critic
 initialisation (paper Kaiming), power 0.2 weights and clipping of g_tgt to +-5 in the cloning loss.
-The paper has no D4RL locomotion results; defaults for those tasks are ours (`TASKS`, `benchmark/results/`).
+The paper has no D4RL locomotion results; defaults for those tasks are ours (`LOCOMOTION`).
 
-The online phase (authors' code, main_meanflowql.py): after W gradient steps on the data the policy acts in the
-environment, by Eq. (5) and without further noise, each transition joins the data, and a gradient step with the same
-losses follows. The statistics of the observations stay those of the data, the actor's learning rate is constant,
-alpha goes on as it was. The steps of the log are gradient steps offline and, from there on, environment steps online.
+Online (authors' code): after W gradient steps on the data the policy acts by Eq. (5), without further noise; each
+transition joins the data, and a gradient step with the same losses follows. The observations' statistics stay those
+of the data, the actor's learning rate is constant. From there on the log counts environment steps.
 """
-import argparse
+import contextlib
 import hashlib
-import http.client
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import pathlib
-import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
-import urllib.request
-import warnings
 import zipfile
-import zlib
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import filelock
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -66,16 +62,17 @@ from torch.func import functional_call, jvp
 from tqdm import tqdm
 
 SCRIPT = pathlib.Path(__file__).stem
+UPDATES_PER_REPLAY = 10  # gradient steps of one CUDA graph
+gym.logger.min_level = gym.logger.ERROR  # else it advises against Hopper-v4 and the like, which D4RL's tasks need
 
 
 @dataclass
 class Args:
     env_id: str = "meanflow/hopper/medium-replay-v0"
-    """data and environment: a D4RL name (hopper-medium-v2), a Minari id (mujoco/hopper/medium-v0), an OGBench task
+    """a D4RL name (hopper-medium-v2), a Minari id (mujoco/hopper/medium-v0), an OGBench task
     (cube-single-play-singletask-task2-v0), or a Gymnasium id (Hopper-v5) together with --dataset-path"""
     dataset_path: str | None = None
-    """where the data lies if not at the usual place: an HDF5 file (D4RL layout), an OGBench .npz file, or for a
-    Minari id the folder that stands for ~/.minari/datasets"""
+    """the data, if not at the usual place: an HDF5 file in D4RL's layout, or a folder of Minari data sets"""
 
     # ---- experiment: the same in every script ----
     seed: int = 1
@@ -85,22 +82,17 @@ class Args:
     compile: bool = False
     """compile the losses with torch.compile: faster after about half a minute (needs a C++ compiler on the CPU)"""
     cuda_graph: bool = True
-    """on a GPU, replay gradient steps as a CUDA graph instead of launching each operation; offline ten at a time, so
-    log, evaluation and checkpoint intervals should be multiples of ten"""
-    tf32: bool = False
-    """on a GPU, round the factors of matrix products to TF32's 10 bits: faster, results differ slightly"""
+    """on a GPU, replay gradient steps as a CUDA graph, offline ten at a time: make all intervals multiples of ten"""
     torch_deterministic: bool = True
     """refuse operations that are not deterministic, so that equal seeds give equal numbers on one machine"""
     track: bool = False
-    """also log to Weights & Biases (pip install wandb; WANDB_MODE=offline needs no network)"""
-    wandb_project_name: str = "meanflow-rl"
-    """wandb project"""
-    wandb_entity: str | None = None
-    """wandb team; None is your own account"""
+    """also log to Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline work as usual"""
     capture_video: bool = False
     """record the first episode of every evaluation under videos/ of the run folder (pip install moviepy)"""
     runs_dir: str = "runs"
     """folder that holds the run folders"""
+    run_name: str | None = None
+    """name of the run folder; None is <env-id>__<script>__<seed>, which the same command finds again"""
     log_interval: int = 1000
     """steps (offline: gradient steps, online: environment steps) between two rows of losses in metrics.jsonl"""
     eval_interval: int = 50_000
@@ -108,9 +100,10 @@ class Args:
     eval_episodes: int = 50
     """episodes per evaluation, each with its own seed"""
     checkpoint_interval: int = 10_000
-    """steps between two checkpoints; one is also written at the end, on Ctrl-C and on SIGTERM"""
+    """steps between two checkpoints; one is also written at the end and on Ctrl-C, SIGTERM and SIGHUP"""
     resume: str | None = None
-    """run folder or checkpoint.pt to continue bit for bit, with its own flags; flags given beside it override those"""
+    """run folder or checkpoint.pt to continue bit for bit, with its flags unless given anew; auto: this command's run
+    folder if it holds a checkpoint, else start it"""
     evaluate: str | None = None
     """run folder, checkpoint.pt or policy.pt: evaluate it for --eval-episodes episodes, print the result and exit"""
 
@@ -124,8 +117,7 @@ class Args:
     from_checkpoint: str | None = None
     """run folder or checkpoint.pt of mfql_offline.py: its flags, networks and optimisers, and only the online phase"""
     buffer_size: int = 2_000_000
-    """transitions that the replay buffer holds, at least the data; when it is full the oldest give way (with
-    --balanced-sampling the oldest new ones)"""
+    """rows of the replay buffer, at least the data; the oldest give way (of the new with --balanced-sampling)"""
     balanced_sampling: bool = False
     """online, half of each batch from the data and half from the new transitions, instead of all alike"""
     exploration_noise: float = 0.0
@@ -133,8 +125,7 @@ class Args:
     online_actor_learning_rate: float | None = None
     """step size of the actor in the online phase; None is where the offline phase ends, a tenth of the peak"""
     online_alpha: float | None = None
-    """alpha to which the online phase moves, and which it keeps; None is the paper's single alpha, with its
-    --alpha-schedule. A smaller one serves better where --alpha is large: on Adroit 300 to 3000 (third-party runs)"""
+    """where alpha goes online, to stay; None: its schedule goes on. On Adroit 300 to 3000 serve (third-party runs)"""
     online_alpha_steps: int = 1
     """gradient steps over which alpha moves to --online-alpha, on a straight line"""
     batch_size: int = 256
@@ -143,12 +134,10 @@ class Args:
     """discount factor, Eq. (6)"""
     tau: float = 0.005
     """Polyak rate of the target critic, after every step"""
-    reward_normalization: Literal["none", "return_range", "standardize"] = "none"
-    """return_range: rewards times 1000 / (best - worst return of the data); standardize: to mean 0 and deviation 1"""
     reward_scale: float = 1.0
     """factor on the rewards in training; large returns (thousands) keep the critic from catching up with its target"""
     reward_shift: float = 0.0
-    """added to the (scaled) rewards in training"""
+    """added to the scaled rewards in training"""
     observation_normalization: Literal["dataset", "none"] = "dataset"
     """dataset: subtract the data's mean and divide by its standard deviation"""
     policy_width: int = 256
@@ -168,33 +157,28 @@ class Args:
     alpha: float = 1.0
     """weight of the cloning loss in the actor loss, Eq. (7): larger stays closer to the data"""
     alpha_schedule: Literal["adaptive", "constant", "cosine"] = "adaptive"
-    """adaptive: Eq. (9), the paper's; constant: alpha throughout; cosine: alpha decays to a tenth over the
-    offline steps"""
+    """adaptive: Eq. (9), the paper's; constant: alpha throughout; cosine: alpha decays to a tenth offline"""
     normalize_q_loss: bool = True
     """divide the Q term of Eq. (7) by the batch mean of |Q|, which frees alpha from the scale of the rewards"""
     q_aggregation: Literal["mean", "min"] = "mean"
     """how the two target critics become one value, in Eq. (5) and (6)"""
     time_steps: int = 50
     """T: t is drawn from {1/T, ..., 1}; above 1000 uniformly from [0, 1)"""
-    policy_form: Literal["residual", "meanflow", "naive"] = "residual"
-    """residual: the paper's g = z_t - u; meanflow: the network is u itself and a = e - u(e, 1); naive: g sees only the
-    noise e instead of z_t (the two forms that the paper argues against)"""
-    adaptive_power: float = 0.2
-    """p of Eq. (3); 0 is the plain squared error, 1 weighs every row alike"""
-    adaptive_constant: float = 1e-4
-    """c of Eq. (3)"""
-    target_clip: float = 5.0
-    """g_tgt of Eq. (2) is clipped to plus or minus this"""
     bound_weight: float = 1.0
     """weight of L_bound, Eq. (8)"""
     actor_learning_rate: float = 1e-4
-    """peak of the actor's Adam step size: linear warm-up over 5 % of the offline steps, then a cosine to its tenth"""
+    """peak of the actor's Adam step size: linear warm-up over 5 % of W, then a cosine down to a tenth of it at W"""
     critic_learning_rate: float = 3e-4
     """Adam step size of the critic, constant"""
-    max_grad_norm: float = 1.0
-    """gradient-norm clip, for the actor and the critic apart"""
 
 
+RANGES = {  # least and largest value of a flag; other whole numbers are 1 to a billion, other numbers 1e-12 to 1e9
+    **dict.fromkeys(("gamma", "tau", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)),
+    **dict.fromkeys(("reward_shift", "time_mean"), (-1e9, 1e9)), "seed": (0, 2**63 - 1),
+    **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)),
+    **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay", "time_std",
+                     "inverse_temperature", "noise_temperature", "utd"), (0, 1e9)),
+}
 # Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names.
 # The paper's (its Table 7; alpha weighs against unnormalised Q) and ours for what the paper does not cover.
 TASKS = {
@@ -225,8 +209,8 @@ def task_defaults(env_id):
     """Defaults of `Args` for one task, as a dict; a name that nothing is known of gets those of the class."""
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
         return dict(LOCOMOTION, tau=0.02, actor_learning_rate=3e-4, offline_steps=10_000, eval_episodes=20,
-                    online_steps=15_000, eval_interval=5_000, policy_width=64, policy_depth=2, critic_width=256,
-                    critic_depth=2, compile=shutil.which("g++") is not None)
+                    eval_interval=5_000, policy_width=64, policy_depth=2, critic_width=256, critic_depth=2,
+                    compile=shutil.which("g++") is not None, online_steps=15_000)
     if re.match(r"([\w.-]+/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
         return LOCOMOTION
     for pattern, (alpha, num_candidates, time_steps, gamma) in TASKS.items():
@@ -342,44 +326,36 @@ def sample_time(batch_size, time_steps, device):
     return torch.randint(1, time_steps + 1, (batch_size, 1), device=device) / time_steps
 
 
-def mean_flow_output_and_target(policy, observations, actions, noise, t, args):
+def mean_flow_output_and_target(policy, observations, actions, noise, t):
     """The network's output at (s, z_t, t) and its stop-gradient regression target, both (B, A)."""
     z_t, v = (1 - t) * actions + t * noise, noise - actions  # Eq. (1)
-    point, tangent = (noise, torch.zeros_like(v)) if args.policy_form == "naive" else (z_t, v)
-    g, dg_dt = jvp(lambda z, t: policy(observations, z, t), (point, t), (tangent, torch.ones_like(t)))
-    if args.policy_form == "residual":
-        g_tgt = z_t + (t - 1) * v - t * dg_dt  # Eq. (2)
-    elif args.policy_form == "meanflow":
-        g_tgt = v - t * dg_dt  # g is u here: the MeanFlow identity itself
-    else:
-        g_tgt = actions - t * dg_dt  # g = e - u along a path on which the input e does not move
-    return g, g_tgt.detach().clamp(-args.target_clip, args.target_clip)
+    g, dg_dt = jvp(lambda z, t: policy(observations, z, t), (z_t, t), (v, torch.ones_like(t)))
+    g_tgt = z_t + (t - 1) * v - t * dg_dt  # Eq. (2): g_tgt = z_t + (t - 1) v - t dg/dt
+    return g, g_tgt.detach().clamp(-5, 5)
 
 
-def mean_flow_loss(policy, observations, actions, noise, t, args):
+def mean_flow_loss(policy, observations, actions, noise, t):
     """L_MFI, Eq. (3): a scalar."""
-    g, g_tgt = mean_flow_output_and_target(policy, observations, actions, noise, t, args)
+    g, g_tgt = mean_flow_output_and_target(policy, observations, actions, noise, t)
     d = (g - g_tgt).square().mean(-1)  # (B,)
-    weight = (d.detach() + args.adaptive_constant) ** -args.adaptive_power
-    return (weight * d).mean()  # Eq. (3)
+    return ((d.detach() + 1e-4) ** -0.2 * d).mean()  # Eq. (3): L_MFI = mean sg[(d + c)^-p] d
 
 
-def one_step_action(policy, observations, noise, args):
+def one_step_action(policy, observations, noise):
     """g(s, e, 1) before clipping, (..., A): one evaluation of the network. Eq. (4)"""
-    g = policy(observations, noise, noise.new_ones(1, 1))
-    return noise - g if args.policy_form == "meanflow" else g
+    return policy(observations, noise, noise.new_ones(1, 1))
 
 
 def best_of_n(policy, target_critic, observations, noise, args):
-    """Eq. (5): of the actions made from noise (B, N, A), the one that the target critic likes best.
+    """Of the actions made from noise (B, N, A), the one that the target critic likes best. Eq. (5)
 
     Returns the actions (B, A) and their target values (B,).
     """
     observations = observations.unsqueeze(1).expand(-1, noise.shape[1], -1)
-    candidates = one_step_action(policy, observations, noise, args).clamp(-1, 1)  # (B, N, A)
+    candidates = one_step_action(policy, observations, noise).clamp(-1, 1)  # (B, N, A), Eq. (4)
     q = target_critic(observations, candidates)  # (2, B, N)
     q = q.mean(0) if args.q_aggregation == "mean" else q.amin(0)
-    q_best, index = q.max(1)
+    q_best, index = q.max(1)  # Eq. (5): argmax_i Q'(s, a(e_i))
     return candidates[torch.arange(len(index), device=index.device), index], q_best
 
 
@@ -387,17 +363,17 @@ def critic_loss(policy, critic, target_critic, batch, next_noise, args):
     """L_critic, Eq. (6): a scalar. next_noise: (B, N, A)."""
     with torch.no_grad():
         q_next = best_of_n(policy, target_critic, batch["next_observations"], next_noise, args)[1]
-        q_target = batch["rewards"] + args.gamma * batch["masks"] * q_next
-    return (critic(batch["observations"], batch["actions"]) - q_target).square().mean()  # Eq. (6)
+        y = batch["rewards"] + args.gamma * batch["masks"] * q_next  # Eq. (6): y = r + gamma (1 - done) Q'
+    return (critic(batch["observations"], batch["actions"]) - y).square().mean()  # Eq. (6): mean_k (Q_k - y)^2
 
 
 def actor_loss(policy, critic, observations, noise, args):
     """The first two terms of Eq. (7) and the mean value of the policy's actions: three scalars."""
-    g = one_step_action(policy, observations, noise, args)
-    bound = F.relu(g - 1).mean() + F.relu(-1 - g).mean()  # Eq. (8)
+    g = one_step_action(policy, observations, noise)
+    bound = F.relu(g - 1).mean() + F.relu(-1 - g).mean()  # Eq. (8): L_bound
     frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
     q = functional_call(critic, frozen, (observations, g.clamp(-1, 1))).mean(0)
-    scale = q.detach().abs().mean() if args.normalize_q_loss else 1.0
+    scale = q.detach().abs().mean().clamp(min=1e-6) if args.normalize_q_loss else 1.0  # Q may be 0 in the first step
     return -q.mean() / scale, bound, q.detach().mean()
 
 
@@ -405,11 +381,11 @@ def losses(policy, critic, target_critic, batch, draws, alpha, args):
     """The sum of all losses, to be differentiated once, and a dict of its parts."""
     noise, t, actor_noise, next_noise = draws
     l_critic = critic_loss(policy, critic, target_critic, batch, next_noise, args)
-    l_mfi = mean_flow_loss(policy, batch["observations"], batch["actions"], noise, t, args)
+    l_mfi = mean_flow_loss(policy, batch["observations"], batch["actions"], noise, t)
     l_q, l_bound, q = actor_loss(policy, critic, batch["observations"], actor_noise, args)
-    total = l_critic + l_q + args.bound_weight * l_bound + alpha * l_mfi  # Eq. (6) + Eq. (7)
+    l_actor = l_q + args.bound_weight * l_bound + alpha * l_mfi  # Eq. (7): -mean Q + L_bound + alpha L_MFI
     parts = dict(critic=l_critic, q=l_q, bound=l_bound, mean_flow=l_mfi, q_mean=q)
-    return total, {name: value.detach() for name, value in parts.items()}
+    return l_critic + l_actor, {name: value.detach() for name, value in parts.items()}
 
 
 def actor_learning_rate(step, args):
@@ -417,33 +393,30 @@ def actor_learning_rate(step, args):
     warmup = int(0.05 * args.offline_steps)
     progress = ((step - warmup) / max(args.offline_steps - warmup, 1)).clamp(0, 1)
     cosine = 0.1 + 0.9 * 0.5 * (1 + torch.cos(math.pi * progress))
-    offline = args.actor_learning_rate * torch.where(step < warmup, step / max(warmup, 1), cosine)
-    if args.online_actor_learning_rate is None:
-        return offline
-    return torch.where(step < args.offline_steps, offline, args.online_actor_learning_rate)
+    return args.actor_learning_rate * torch.where(step < warmup, step / max(warmup, 1), cosine)
 
 
-def next_alpha(alpha, history, l_mfi, step, args):
-    """alpha and the window after gradient step number `step` (from 1), all tensors; `history` is the window of the
-    last 20 checked losses, -1 where there is none yet."""
+def next_alpha_factor(factor, history, l_mfi, step, args):
+    """alpha / --alpha and the window after gradient step number `step` (from 1), all tensors, so that a CUDA graph can
+    hold the rule: torch.where instead of `if`. `history`: the last 20 checked losses, -1 where there is none yet."""
     if args.alpha_schedule == "cosine":
         progress = (step / args.offline_steps).clamp(max=1)
-        return args.alpha * (0.1 + 0.9 * 0.5 * (1 + torch.cos(math.pi * progress))), history
+        return 0.1 + 0.9 * 0.5 * (1 + torch.cos(math.pi * progress)), history
     if args.alpha_schedule == "constant":
-        return alpha, history
+        return factor, history
     check, seen = step % 2000 == 0, history >= 0
     average = torch.where(seen, history, 0).sum() / seen.sum()
     ready = check & (step >= int(0.1 * args.offline_steps)) & (seen.sum() >= 2)
-    raised, lowered = (1.2 * alpha).clamp(max=10 * args.alpha), (0.8 * alpha).clamp(min=0.1 * args.alpha)
-    alpha = torch.where(ready & (l_mfi > 5 * average), raised, alpha)  # Eq. (9)
-    alpha = torch.where(ready & (l_mfi < average / 5), lowered, alpha)  # Eq. (9)
-    return alpha, torch.where(check, torch.cat([history[1:], l_mfi.reshape(1)]), history)
+    raised, lowered = (1.2 * factor).clamp(max=10), (0.8 * factor).clamp(min=0.1)
+    factor = torch.where(ready & (l_mfi > 5 * average), raised, factor)  # Eq. (9): 1.2 alpha if L_MFI > 5 avg
+    factor = torch.where(ready & (l_mfi < average / 5), lowered, factor)  # Eq. (9): 0.8 alpha if L_MFI < avg / 5
+    return factor, torch.where(check, torch.cat([history[1:], l_mfi.reshape(1)]), history)
 
 
-def next_online_alpha(alpha, step, args):
-    """alpha after gradient step number `step` of the whole run, in the online phase: linear to --online-alpha."""
+def next_online_factor(factor, step, args):
+    """alpha / --alpha after gradient step number `step` of the whole run, in the online phase: linear to its end."""
     left = (args.online_alpha_steps + 1 - (step - args.offline_steps)).clamp(min=1)
-    return alpha + (args.online_alpha - alpha) / left
+    return factor + (args.online_alpha / args.alpha - factor) / left
 
 
 class Agent(nn.Module):
@@ -451,14 +424,14 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, act_dim, args, device):
         super().__init__()
-        self.args, self.step = args, 0  # gradient steps; `updates` counts them on the device, for the schedules
+        self.args = args
         self.policy = Policy(obs_dim, act_dim, args.policy_width, args.policy_depth)
         self.critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth)
         self.target_critic = TwinCritic(obs_dim, act_dim, args.critic_width, args.critic_depth)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("alpha", torch.tensor(float(args.alpha)))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # counted on the device, for the schedules
+        self.register_buffer("alpha_factor", torch.ones(()))
         self.register_buffer("alpha_history", torch.full((20,), -1.0))
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
@@ -470,30 +443,35 @@ class Agent(nn.Module):
 
     def update(self, batch):
         """One gradient step on a batch of normalised observations; returns the losses as device scalars."""
-        args, device, (batch_size, act_dim) = self.args, self.alpha.device, batch["actions"].shape
+        args, device, (batch_size, act_dim) = self.args, self.obs_mean.device, batch["actions"].shape
         draws = (
             torch.randn(batch_size, act_dim, device=device),  # e of Eq. (1)
             sample_time(batch_size, args.time_steps, device),
             torch.randn(batch_size, act_dim, device=device),  # e of Eq. (7)
             torch.randn(batch_size, args.num_candidates_target or args.num_candidates, act_dim, device=device),
         )
-        total, parts = self.losses(self.policy, self.critic, self.target_critic, batch, draws, self.alpha, args)
+        alpha = args.alpha * self.alpha_factor
+        total, parts = self.losses(self.policy, self.critic, self.target_critic, batch, draws, alpha, args)
         self.actor_optimizer.zero_grad()
         self.critic_optimizer.zero_grad()
         total.backward()
-        nn.utils.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm)
-        nn.utils.clip_grad_norm_(self.critic.parameters(), args.max_grad_norm)
-        self.actor_optimizer.param_groups[0]["lr"].copy_(actor_learning_rate(self.updates, args))
+        nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
+        rate = actor_learning_rate(self.updates, args)
+        if args.online_actor_learning_rate is not None:
+            rate = torch.where(self.updates < args.offline_steps, rate, args.online_actor_learning_rate)
+        self.actor_optimizer.param_groups[0]["lr"].copy_(rate)
         self.actor_optimizer.step()
         self.critic_optimizer.step()
         with torch.no_grad():  # else the target would carry the history of every update
             torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
         self.updates += 1
-        alpha, history = next_alpha(self.alpha, self.alpha_history, parts["mean_flow"], self.updates, args)
+        factor, history = next_alpha_factor(self.alpha_factor, self.alpha_history, parts["mean_flow"], self.updates,
+                                            args)
         if args.online_alpha is not None:
-            online_alpha = next_online_alpha(self.alpha, self.updates, args)
-            alpha = torch.where(self.updates > args.offline_steps, online_alpha, alpha)
-        self.alpha.copy_(alpha)
+            online_factor = next_online_factor(self.alpha_factor, self.updates, args)
+            factor = torch.where(self.updates > args.offline_steps, online_factor, factor)
+        self.alpha_factor.copy_(factor)
         self.alpha_history.copy_(history)
         return parts
 
@@ -504,482 +482,220 @@ class Agent(nn.Module):
         shape = len(observations), num_candidates, self.policy.final.out_features
         noise = torch.randn(shape, device=observations.device, generator=generator)
         if num_candidates == 1:
-            return one_step_action(self.policy, observations, noise[:, 0], self.args).clamp(-1, 1)
+            return one_step_action(self.policy, observations, noise[:, 0]).clamp(-1, 1)  # Eq. (4)
         return best_of_n(self.policy, self.target_critic, observations, noise, self.args)[0]
 
     def charts(self):
         """What the log shows besides the losses."""
-        return {"charts/alpha": self.alpha.item(),
+        return {"charts/alpha": self.args.alpha * self.alpha_factor.item(),
                 "charts/actor_learning_rate": self.actor_optimizer.param_groups[0]["lr"].item()}
 
-    def training_state(self):
-        """What continuing needs besides `state_dict()`."""
-        return dict(actor_optimizer=self.actor_optimizer.state_dict(),
-                    critic_optimizer=self.critic_optimizer.state_dict())
 
-    def load_training_state(self, state):
-        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.critic_optimizer.param_groups[0]["lr"] = self.args.critic_learning_rate  # may be given anew
-        for optimizer in (self.actor_optimizer, self.critic_optimizer):  # the checkpoint may come from another device
-            group, device = optimizer.param_groups[0], self.obs_mean.device
-            group["capturable"] = device.type == "cuda"
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"] = group["lr"].to(device)
+# ---------------------------------------------------------------- online phase
+def ring_row(k, data_rows, capacity, args):
+    """Row of the k-th online transition: behind the data, then from the oldest on (the data stay if balanced)."""
+    first = data_rows if args.balanced_sampling else 0
+    return first + (data_rows - first + k) % (capacity - first)
 
 
-# ---------------------------------------------------------------- data
+def sample_online(replay, data_rows, filled, args):
+    """A batch for the online phase, from the first `filled` rows: all rows alike, or half data and half new."""
+    if not args.balanced_sampling:
+        return sample(replay, args.batch_size, 0, filled)
+    size = args.batch_size // 2
+    halves = sample(replay, size, 0, data_rows), sample(replay, args.batch_size - size, data_rows, filled)
+    return {key: torch.cat([half[key] for half in halves]) for key in replay}
+
+
+class Online:
+    """Acts in `env`; the transitions join `data`, which `agent.update` takes batches of, in a replay buffer, a ring of
+    rows. `state`: what `state_dict` gave, to go on from there, or None."""
+
+    def __init__(self, env, agent, data, args, state):
+        state = state or {"steps": 0, "episode": 0, "episode_return": 0.0, "actions": [], "transitions": {}}
+        self.env, self.agent, self.args, self.data_rows = env, agent, args, len(data["rewards"])
+        self.steps, self.episode, self.episode_return = state["steps"], state["episode"], state["episode_return"]
+        new_rows = min(max(args.online_steps, self.steps), max(args.buffer_size - self.data_rows, 0))
+        if args.balanced_sampling and args.online_steps and new_rows == 0:
+            raise BadInput(f"--balanced-sampling needs a --buffer-size above the data's {self.data_rows} transitions")
+        self.capacity, device = self.data_rows + new_rows, data["rewards"].device
+        self.replay = {key: torch.cat([x, x.new_zeros(new_rows, *x.shape[1:])]) for key, x in data.items()}
+        for key, value in state["transitions"].items():
+            self.replay[key][state["rows"].to(device)] = value.to(device)
+        # CUDA graphs read these two, which stay where they are: how many rows are filled, and what to act on
+        self.filled = torch.tensor(min(self.data_rows + self.steps, self.capacity), device=device)
+        self.current = torch.zeros_like(data["observations"][:1])
+        self.reset()
+        for action in state["actions"]:  # plays the unfinished episode again: same seed, same actions, same state
+            self.observation = env.step(action.numpy())[0]
+            self.actions.append(action)
+        if self.actions and not np.array_equal(self.observation, state["observation"].numpy()):
+            raise BadInput(f"{args.env_id} is not deterministic: the unfinished episode went another way this time")
+
+    def reset(self):
+        """Every episode has its own seed, so that a resumed run can play the unfinished one again."""
+        seed = int(np.random.SeedSequence([self.args.seed, self.episode]).generate_state(1)[0])
+        self.observation, _ = self.env.reset(seed=seed)
+        self.actions = []
+
+    def act(self):
+        """(1, A) at the current observation, by Eq. (5)."""
+        actions = self.agent.act(self.current, self.args.num_candidates, None)
+        return (actions + self.args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
+
+    def step(self, act):
+        """One step with `self.act`, or a CUDA graph of it; at an episode's end returns its metrics, else None."""
+        self.current[0] = torch.as_tensor(self.observation)
+        actions = act()
+        self.actions.append(actions[0].cpu())
+        self.observation, reward, terminated, truncated, _ = self.env.step(self.actions[-1].numpy())
+        following = torch.as_tensor(self.observation, dtype=torch.float32, device=actions.device)
+        row = ring_row(self.steps, self.data_rows, self.capacity, self.args)
+        self.replay["observations"][row] = (self.current[0] - self.agent.obs_mean) / self.agent.obs_std
+        self.replay["next_observations"][row] = (following - self.agent.obs_mean) / self.agent.obs_std
+        self.replay["actions"][row] = actions[0]
+        self.replay["rewards"][row] = self.args.reward_scale * float(reward) + self.args.reward_shift
+        self.replay["masks"][row] = 1.0 - float(terminated)
+        self.steps += 1
+        self.filled.fill_(min(self.data_rows + self.steps, self.capacity))
+        self.episode_return += float(reward)
+        if terminated or truncated:
+            metrics = {"charts/episodic_return": self.episode_return, "charts/episodic_length": len(self.actions)}
+            self.episode, self.episode_return = self.episode + 1, 0.0
+            self.reset()
+            return metrics
+        return None
+
+    def state_dict(self):
+        """What `__init__` needs to go on, with the transitions that are still in the buffer."""
+        written = torch.arange(max(0, self.steps - self.capacity), self.steps, device=self.filled.device)
+        rows = ring_row(written, self.data_rows, self.capacity, self.args).unique()
+        return {"steps": self.steps, "episode": self.episode, "episode_return": self.episode_return,
+                "actions": self.actions, "observation": torch.as_tensor(self.observation), "rows": rows,
+                "transitions": {key: value[rows] for key, value in self.replay.items()}}
+
+
+# ---------------------------------------------------------------- data and environment
 class BadInput(Exception):
     """Something that the user can mend: one line on stderr, exit code 2."""
 
 
-D4RL_URLS = (  # tried in this order
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/{folder}/{file}",
-    "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
-)
-D4RL_TASKS = {  # successor of D4RL's environment, and D4RL's reference returns (random, expert)
-    "hopper": ("Hopper-v4", (-20.272305, 3234.3)),
-    "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
-    "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
-    "ant": ("Ant-v4", (-325.6, 3879.7)),
-    "antmaze": ("AntMaze", (0.0, 1.0)),  # a class of the dataset scripts
-    "kitchen": ("FrankaKitchen-v1", (0.0, 4.0)),
-    "pen": ("AdroitHandPen-v1", (96.262799, 3076.8331017826877)),
-    "door": ("AdroitHandDoor-v1", (-56.512833, 2880.5693087298737)),
-    "hammer": ("AdroitHandHammer-v1", (-274.856578, 12794.134825156867)),
-    "relocate": ("AdroitHandRelocate-v1", (-6.425911, 4233.877797728884)),
-}
+@contextlib.contextmanager
+def blame(what):
+    """Whatever fails in here is the fault of `what`, something that the user can mend: no traceback."""
+    try:
+        yield
+    except Exception as error:
+        # the first sentence: torch's second one advises to run what a file says
+        text = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}".split(". ")[0]
+        hint = f" (pip install {error.name} mujoco==3.11.0)" if isinstance(error, ImportError) and error.name else ""
+        raise BadInput(f"{what}: {text}{hint}") from error
 
-ANT_FILE = "ant_maze_v2/Ant_maze_{}_sparse_fixed.hdf5"
-D4RL_FILES = {  # folder and file on the servers; then its size in bytes and first digits of its SHA-256, where known
-    "antmaze-umaze-v2": (ANT_FILE.format("u-maze_noisy_multistart_False_multigoal_False"), 232532949, ""),
-    "antmaze-umaze-diverse-v2": (ANT_FILE.format("u-maze_noisy_multistart_True_multigoal_True"), 230854272, ""),
-    "antmaze-medium-play-v2": (ANT_FILE.format("big-maze_noisy_multistart_True_multigoal_False"), 231110764, ""),
-    "antmaze-medium-diverse-v2": (ANT_FILE.format("big-maze_noisy_multistart_True_multigoal_True"), 231095166, ""),
-    "antmaze-large-play-v2": (ANT_FILE.format("hardest-maze_noisy_multistart_True_multigoal_False"), 230880653, ""),
-    "antmaze-large-diverse-v2": (ANT_FILE.format("hardest-maze_noisy_multistart_True_multigoal_True"), 0, ""),
-    "kitchen-complete-v0": ("kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5", 556544, "cd797c38cd52dfbe"),
-    "kitchen-partial-v0": ("kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5", 19558459, "57bfd9c5"),
-    "kitchen-mixed-v0": ("kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5", 19560760, "a30382a5"),
-    "pen-cloned-v1": ("hand_dapg_v1/pen-cloned-v1.hdf5", 155074191, "6d1a982cee1950501bedebbddedbcbb3"),
-    "door-cloned-v1": ("hand_dapg_v1/door-cloned-v1.hdf5", 294356136, "1f6a60ecc4d2a2e5c02f41dd3412be61"),
-    "hammer-cloned-v1": ("hand_dapg_v1/hammer-cloned-v1.hdf5", 446616879, ""),
-    "relocate-cloned-v1": ("hand_dapg_v1/relocate-cloned-v1.hdf5", 581319494, "8baf2b7f"),
-}
-ANT_MAZES = {  # time limit, rows of 4 m cells: # wall, R start, G goal; play and diverse are two data sets of one task
-    "umaze": (700, "##### #R..# ###.# #G..# #####"),
-    "medium": (1000, "######## #R.##..# #..#...# ##...### #..#...# #.#..#.# #...#.G# ########"),
-    "large": (1000, "############ #R...#.....# #.##.#.#.#.# #......#...# #.####.###.# #..#.#.....# ##.#.#.#.### "
-                    "#..#...#.G.# ############"),
+
+D4RL = {  # successor of D4RL's environment, its arguments, and D4RL's returns of a random and of an expert policy
+    "hopper": dict(env_id="Hopper-v4", kwargs={}, reference=(-20.272305, 3234.3)),
+    "halfcheetah": dict(env_id="HalfCheetah-v4", kwargs={}, reference=(-280.178953, 12135.0)),
+    "walker2d": dict(env_id="Walker2d-v4", kwargs={}, reference=(1.629008, 4592.3)),
+    "ant": dict(env_id="Ant-v4", kwargs={"use_contact_forces": True}, reference=(-325.6, 3879.7)),
 }
 
 
-class AntMaze(gym.Env):
-    """D4RL's AntMaze -v2: an ant walks through a maze to within 0.5 m of a goal that it is not told.
-
-    Gymnasium's ant with D4RL's torque, time step and contacts: policies trained in D4RL's walk here as well as there
-    (`benchmark/antmaze_policies.py`). Observation (29): qpos (x, y, z, quaternion w x y z, 8 joints) and qvel (14); x
-    and y are 0 in the start cell, y grows with the map's row. Reward 1 and termination at the goal, else 0; falling
-    ends nothing. A step takes 0.1 s.
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
-    action_space = gym.spaces.Box(-1.0, 1.0, (8,), np.float32)
-
-    def __init__(self, maze, render_mode=None):
-        self.render_mode, self.renderer = render_mode, None
-        cells = np.array([list(row) for row in ANT_MAZES[maze][1].split()])
-        centre = {mark: 4.0 * (np.argwhere(cells == mark)[:, ::-1] - 1) for mark in "#RG"}  # xy of the cells, m
-        spec = mujoco.MjSpec.from_file(str(pathlib.Path(gym.__file__).parent / "envs/mujoco/assets/ant.xml"))
-        for x, y in centre["#"]:
-            spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, 1], size=[2, 2, 1], contype=1,
-                                    conaffinity=1, rgba=[0.6, 0.5, 0.4, 1])
-        self.model = spec.compile()
-        self.model.opt.timestep = 0.02  # s, gymnasium 0.01
-        self.model.actuator_gear[:, 0] = 30  # N m at action 1, gymnasium 150
-        self.model.geom_solimp[:, :3] = 0.8, 0.8, 0.01  # gymnasium 0.9 0.95 0.001
-        self.data, self.goal_cell, self.middle = mujoco.MjData(self.model), centre["G"][0], centre["#"].mean(0)
-
-    def observation(self):
-        return np.concatenate([self.data.qpos, self.data.qvel])
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)  # one-sided
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos += self.np_random.uniform(-0.1, 0.1, 15)
-        self.data.qvel = 0.1 * self.np_random.standard_normal(14)
-        mujoco.mj_normalizeQuat(self.model, self.data.qpos)  # as MuJoCo 2 did before the first observation
-        mujoco.mj_forward(self.model, self.data)
-        return self.observation(), {}
-
-    def step(self, action):
-        self.data.ctrl = action  # MuJoCo clips it to [-1, 1]
-        mujoco.mj_step(self.model, self.data, nstep=5)
-        success = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
-        return self.observation(), float(success), success, False, {"success": success}
-
-    def render(self):
-        """The maze from above, x to the right and y upwards; (480, 480, 3)."""
-        self.renderer = self.renderer or mujoco.Renderer(self.model, 480, 480)
-        camera = mujoco.MjvCamera()
-        camera.lookat[:2], camera.distance, camera.azimuth, camera.elevation = self.middle, 60, 90, -90
-        self.renderer.update_scene(self.data, camera)
-        return self.renderer.render()
-
-    def close(self):
-        if self.renderer is not None:
-            self.renderer.close()
-
-
-class Kitchen(gym.Wrapper):
-    """D4RL's kitchen -v0 on gymnasium-robotics' FrankaKitchen-v1, whose physics are the same.
-
-    Observation (60): qpos of the robot (9) and of the objects (21), both noisy, and the goal (30), which is 0 wherever
-    the four subtasks ask for nothing. Reward: how many subtasks come within 0.3 of their goals in this step, each
-    counted once; with the fourth the episode terminates. (D4RL's data reward a subtask in every step that it is done.)
-    """
-
-    def __init__(self, env, kind):
-        from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
-
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (60,), np.float64)
-        self.robot, self.goal = env.unwrapped.robot_env, np.zeros(30)
-        names = "microwave", "kettle", "light switch", "bottom burner" if kind == "mixed" else "slide cabinet"
-        self.subtasks = {name: OBS_ELEMENT_INDICES[name] for name in names}  # where in the 30 numbers
-        for name, index in self.subtasks.items():
-            self.goal[index] = OBS_ELEMENT_GOALS[name]
-        self.robot.robot_noise_ratio = 0.1  # of each joint's amplitude; it also disturbs the controller
-        self.noise = 0.1 * np.append(self.robot.robot_pos_noise_amp[9:], 0.005)  # the robot lacks the last amplitude
-        self.robot.model.geom_contype[1] = self.robot.model.geom_conaffinity[1] = 0  # D4RL's pedestal touches nothing
-
-    def observe(self, robot):
-        objects = self.robot.data.qpos[9:] + self.noise * self.robot.np_random.uniform(-1, 1, 21)
-        return np.concatenate([robot["observation"][:9], objects, self.goal])
-
-    def reset(self, *, seed=None, options=None):
-        self.todo = set(self.subtasks)
-        return self.observe(self.env.reset(seed=seed, options=options)[0]), {}
-
-    def step(self, action):
-        robot, _, _, truncated, _ = self.env.step(action)
-        observation = self.observe(robot)
-        error = observation[:30] - self.goal
-        done = {name for name in self.todo if np.linalg.norm(error[self.subtasks[name]]) < 0.3}
-        self.todo -= done
-        return observation, float(len(done)), not self.todo, truncated, {}
-
-
-class Adroit(gym.Wrapper):
-    """Gymnasium-robotics' AdroitHand -v1 with two rules of D4RL: an episode of pen ends when the pen drops, and in the
-    other tasks the distance from palm to object lowers the reward; releases 1.2.1 to 1.4.2 have that sign wrong."""
-
-    def __init__(self, env, task):
-        super().__init__(env)
-        self.task, version = task, importlib.metadata.version("gymnasium-robotics")
-        if version != "1.4.2":  # another one may have the sign right already
-            raise BadInput(f"D4RL's {task} is rebuilt on gymnasium-robotics 1.4.2, not {version}: pip install "
-                           "gymnasium-robotics==1.4.2 mujoco==3.11.0")
-
-    def step(self, action):
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        if self.task == "pen":
-            return observation, reward, bool(observation[26] < 0.075), truncated, info  # its height, m
-        palm_to_object = {"door": observation[35:38], "hammer": observation[33:36] - observation[36:39],
-                          "relocate": observation[30:33]}[self.task]  # m
-        return observation, reward - 0.2 * np.linalg.norm(palm_to_object), terminated, truncated, info
-
-
-def d4rl_task(env_id):
-    """(task, folder on the server, file) of a D4RL name; None if it is not one."""
-    kinds = "random|medium|expert|medium-replay|full-replay|medium-expert"
-    if match := re.fullmatch(rf"(halfcheetah|hopper|walker2d|ant)-({kinds})-v2", env_id):
-        return match[1], "gym_mujoco_v2", f"{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
-    if match := re.fullmatch(r"(pen|door|hammer|relocate)-(human|cloned|expert)-v1", env_id):
-        return match[1], "hand_dapg_v1", f"{env_id}.hdf5"
-    if env_id in D4RL_FILES:
-        return env_id.split("-")[0], *D4RL_FILES[env_id][0].split("/")
-    if re.fullmatch(rf"(antmaze|kitchen|pen|door|hammer|relocate)-[a-z-]+-v\d|[a-z0-9]+-({kinds})-v\d", env_id):
-        raise BadInput(f"--env-id {env_id} is not supported; of D4RL, locomotion -v2 (hopper, halfcheetah, walker2d, "
-                       "ant), AntMaze -v2 (umaze, umaze-diverse, medium-play, medium-diverse, large-play, "
-                       "large-diverse), kitchen -v0 (complete, partial, mixed) and Adroit -v1 (human, cloned, expert) "
-                       "are")
-    return None
-
-
-def source(args):
-    """Which kind of name --env-id is: ogbench, d4rl, minari or gymnasium."""
-    if "-singletask" in args.env_id:
-        return "ogbench"
-    if d4rl_task(args.env_id):
-        return "d4rl"
-    has_file = str(args.dataset_path).endswith((".hdf5", ".h5"))
-    return "minari" if "/" in args.env_id and not has_file else "gymnasium"
-
-
-def minari_dataset(args):
-    """The Minari dataset --env-id: under --dataset-path, or else bundled beside this file, or else in Minari's folder
-    (downloaded there if need be)."""
-    import minari
-    from minari.storage import get_dataset_path
-
-    bundled = pathlib.Path(__file__).resolve().parent / "data"
-    folder = pathlib.Path(args.dataset_path or bundled) / args.env_id / "data"
-    try:
-        if folder.exists() or args.dataset_path or args.env_id == BUNDLED:
-            return minari.MinariDataset(folder)
-        if not get_dataset_path(args.env_id).exists():
-            urllib.request.urlopen("https://huggingface.co", timeout=10).close()  # fails at once, where Minari retries
-        return minari.load_dataset(args.env_id, download=True)
-    except Exception as error:  # Minari and its download clients fail in many ways
-        raise BadInput(f"Minari dataset {args.env_id}: {error or type(error).__name__}. Ways out: give the folder "
-                       f"that holds it as --dataset-path; run `minari download {args.env_id}` where there is a "
-                       f"network; or run the bundled data, `python {SCRIPT}.py`, with the folder data/ beside the "
-                       "script") from error
-
-
-class SeedNumPy(gym.Wrapper):
-    """OGBench's mazes draw their starts from NumPy's global generator: seeded here, so that episodes repeat."""
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            np.random.seed(seed % 2**32)
-        return self.env.reset(seed=seed, options=options)
-
-
-def make_env(args, **kwargs):
-    """The environment of --env-id with flat observations and actions in [-1, 1]; kwargs go to gymnasium.make."""
-    warnings.filterwarnings("ignore", message=".*is out of date.*")  # D4RL's tasks are -v4 on purpose
-    try:
-        if source(args) == "ogbench":
-            if args.env_id.startswith("visual-"):  # before OpenGL is asked for frames
-                raise BadInput(f"--env-id {args.env_id}: pixel tasks are not supported (benchmark/pixels.md)")
-            import ogbench
-
-            env = ogbench.make_env_and_datasets(args.env_id, env_only=True, success_timing="post", **kwargs)
-            env = SeedNumPy(env)
-        elif source(args) == "minari":
-            env = minari_dataset(args).recover_environment(eval_env=True, **kwargs)
-        else:
-            task, kind, *_ = args.env_id.split("-") if d4rl_task(args.env_id) else (None, None)
-            env_id = D4RL_TASKS[task][0] if task else args.env_id
-            if env_id.startswith(("Adroit", "Franka")):
-                import gymnasium_robotics
-
-                gym.register_envs(gymnasium_robotics)
-            if env_id == "Ant-v4":
-                kwargs["use_contact_forces"] = True  # D4RL's observation has them
-            if env_id == "AdroitHandPen-v1":
-                kwargs["max_episode_steps"] = 100  # D4RL's limit; here it is 200
-            if task == "antmaze":
-                limit = ANT_MAZES[kind][0]
-                env_id = gym.envs.registration.EnvSpec(args.env_id, AntMaze, max_episode_steps=limit)
-                kwargs["maze"] = kind
-            if task == "kitchen":
-                kwargs["disable_env_checker"] = True  # it minds that the goal is the same object in every step
-            env = gym.make(env_id, **kwargs)
-            if task == "kitchen":
-                env = Kitchen(env, kind)
-            if task in ("pen", "door", "hammer", "relocate"):
-                env = Adroit(env, task)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        package = getattr(error, "name", None)  # of an import that failed
-        package = {"PIL": "pillow", "gymnasium_robotics": "gymnasium-robotics==1.4.2"}.get(package, package)
-        advice = f"pip install {package} mujoco==3.11.0" if package else "see --help"
-        raise BadInput(f"--env-id {args.env_id} cannot be made ({error}): {advice}") from error
-    if isinstance(env.observation_space, (gym.spaces.Dict, gym.spaces.Tuple)):
-        env = gym.wrappers.FlattenObservation(env)  # every entry, the goal included
-    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
-            raise BadInput(f"--env-id {args.env_id}: {name} must be flat vectors of numbers, not {space}")
-    if not env.action_space.is_bounded():
-        raise BadInput(f"--env-id {args.env_id}: actions must lie in a bounded box, not {env.action_space}")
-    if (env.action_space.low == -1).all() and (env.action_space.high == 1).all():
-        return env
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-
-
-def reference_scores(args):
-    """Returns of a random and of an expert policy, for the normalised score; None where nobody defined them."""
-    if source(args) == "d4rl":
-        return D4RL_TASKS[d4rl_task(args.env_id)[0]][1]
-    metadata = minari_dataset(args).storage.metadata if source(args) == "minari" else {}
-    reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return None if None in reference else reference
-
-
-def normalized_score(episodic_return, reference):
-    """A return in percent of the way from the random to the expert reference."""
-    return 100 * (episodic_return - reference[0]) / (reference[1] - reference[0])
-
-
-def download_d4rl(env_id, path):
-    """Fetches a D4RL file to `path` from the first of D4RL_URLS that has it whole, and says which one served."""
-    _, folder, file = d4rl_task(env_id)
-    _, known_size, known_sha256 = D4RL_FILES.get(env_id, (None, 0, ""))
-    failures, partial = [], path.with_suffix(f".{os.getpid()}.part")  # of this process alone
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{path} does not exist and cannot be made ({error}): set D4RL_DATASET_DIR") from error
-    for url in (template.format(folder=folder, file=file) for template in D4RL_URLS):
-        try:
-            with urllib.request.urlopen(url, timeout=10) as response, open(partial, "wb") as out:
-                size = int(response.headers.get("Content-Length") or known_size)
-                with tqdm.wrapattr(out, "write", total=size or None, desc=file) as bar:
-                    shutil.copyfileobj(response, bar)
-            if size and partial.stat().st_size != size:
-                raise OSError(f"only {partial.stat().st_size} of {size} bytes came")
-            if known_size and size != known_size:
-                raise OSError(f"{size} bytes are served, the file is known to have {known_size}")
-            if known_sha256 and not hashlib.sha256(partial.read_bytes()).hexdigest().startswith(known_sha256):
-                raise OSError(f"its SHA-256 does not begin with {known_sha256}, which is known of the file")
-            read_d4rl(partial)  # keys and row counts
-            os.replace(partial, path)
-            print(f"downloaded {path} from {url}")
-            return
-        except (OSError, http.client.HTTPException, BadInput) as error:  # no route, 404 and timeouts are OSErrors
-            failures.append(f"{url}: {error}")
-        finally:
-            partial.unlink(missing_ok=True)
-    raise BadInput(f"{path} does not exist and no server gave it ({'; '.join(failures)}). Ways out: give the file as "
-                   "--dataset-path; put it there or set D4RL_DATASET_DIR to where it lies; or run the bundled data, "
-                   f"`python {SCRIPT}.py`")
-
-
-def read_d4rl(path):
-    """The five arrays of an HDF5 file in D4RL's layout, and the name of the environment if the file has it."""
+def load_hdf5(env_id, path):
+    """Task, transitions, their rows and the episodes' returns of a file in D4RL's layout. A task is plain values, so
+    that a checkpoint can hold it. A row at a timeout has no next observation and is left out, as is the last row."""
     import h5py
 
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
-    try:
-        with h5py.File(path, "r") as file:
-            if missing := [key for key in keys if key not in file]:
-                raise BadInput(f"{path}: {' and '.join(missing)} missing; D4RL's layout has {', '.join(keys)}")
-            data, env_id = {key: file[key][()] for key in keys}, file.attrs.get("env_id")
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py's, for damaged files
-        raise BadInput(f"{path}: missing, damaged or not an HDF5 file ({error})") from error
-    if wrong := [key for key in keys if data[key].ndim != (2 if key in ("observations", "actions") else 1)]:
-        raise BadInput(f"{path}: {wrong[0]} have shape {data[wrong[0]].shape}; D4RL's layout has a vector per row of "
-                       "observations and actions and a number per row of the others")
-    if len({len(value) for value in data.values()}) != 1 or len(data["rewards"]) == 0:
-        raise BadInput(f"{path}: lengths differ or are 0: " + ", ".join(f"{key} {len(data[key])}" for key in keys))
-    return data, env_id.decode() if isinstance(env_id, bytes) else env_id
+    folder = pathlib.Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    name = re.fullmatch(f"({'|'.join(D4RL)})-((random|medium|expert|full-replay)|medium-(replay|expert))-v2", env_id)
+    path = path or folder / (f"{name[1]}_{name[2].replace('-', '_')}-v2.hdf5" if name else f"flat/{env_id}.hdf5")
+    fetch = pathlib.Path(__file__).with_name("data") / "fetch.py"  # knows all tasks, and more than one server
+    if not path.exists() and fetch.exists():
+        if code := subprocess.run([sys.executable, fetch, env_id]).returncode:
+            sys.exit(code)  # it has said why
+    elif not path.exists() and name:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{path.name}", path)
+    if not path.is_file():
+        raise BadInput(f"{path} is no file: make it with data/fetch.py, or name one with --dataset-path")
+    with h5py.File(path) as file:
+        recorded_in, *reference = (file.attrs.get(key) for key in ("env_id", "ref_min_score", "ref_max_score"))
+        keys = "rewards", "terminals", "timeouts", "observations", "actions"
+        for key in keys:
+            rows = file[key].shape if key in keys[:3] else file[key].shape[:1]
+            if file[key].dtype.kind not in "biuf" or rows != file["rewards"].shape[:1]:
+                raise BadInput(f"{path}: {key} must be numbers, one row for each reward, not {file[key]}")
+        rewards, terminals, timeouts, observations, actions = (file[key][()] for key in keys)
+    if not (np.isin(terminals, (0, 1)).all() and np.isin(timeouts, (0, 1)).all()):
+        raise BadInput(f"{path}: terminals and timeouts must be 0 or 1")
+    if str(recorded_in).endswith(f":{env_id}"):
+        env_id = recorded_in  # data/fetch.py puts the module before it that knows the task
+    reference = None if None in reference else tuple(map(float, reference))  # NumPy's would not load again
+    task = D4RL[name[1]] if name else dict(env_id=env_id, kwargs={}, reference=reference)
+    if recorded_in is not None and recorded_in.split("-v")[0] != task["env_id"].split("-v")[0]:
+        raise BadInput(f"{path} was recorded in {recorded_in}, not in {task['env_id']}")
+    rows, ends = np.flatnonzero(timeouts[:-1] == 0), np.flatnonzero(terminals + timeouts) + 1
+    data = dict(observations=observations[rows], actions=actions[rows], rewards=rewards[rows],
+                masks=1.0 - terminals[rows], next_observations=observations[rows + 1])
+    return task, data, rows, [episode.sum() for episode in np.split(rewards, ends)[:len(ends)]]
 
 
-def episode_returns(rewards, ends):
-    """The sum of rewards of every episode that ends, given the flags of last rows."""
-    ends = np.flatnonzero(ends) + 1
-    return [rewards[first:end].sum() for first, end in zip([0, *ends[:-1]], ends)]
+def load_minari(env_id, folder):
+    """The same of a Minari data set: in `folder`, or else bundled beside this file, or else in Minari's own folder,
+    downloaded if need be. Minari stores an episode's last observation too, so no row is lost."""
+    import minari
+
+    if folder is None and (pathlib.Path(__file__).with_name("data") / env_id).exists():
+        folder = pathlib.Path(__file__).with_name("data")
+    dataset = minari.MinariDataset(folder / env_id / "data") if folder else minari.load_dataset(env_id, download=True)
+    # The environment comes from Gymnasium's registry, by its name: the entry point in a file could be any code.
+    metadata = dataset.storage.metadata
+    spec = json.loads(metadata.get("eval_env_spec") or metadata["env_spec"])
+    reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    task = dict(env_id=spec["id"] if spec["id"] in gym.registry else f"gymnasium_robotics:{spec['id']}",
+                kwargs={**spec["kwargs"], "max_episode_steps": spec["max_episode_steps"]},
+                reference=None if None in reference else tuple(map(float, reference)))
+    space, columns = gym.make(task["env_id"], **task["kwargs"]).observation_space, []
+    for episode in dataset.iterate_episodes():
+        observations = episode.observations
+        if isinstance(space, gym.spaces.Dict):  # the entries in the order of FlattenObservation
+            observations = np.concatenate([observations[key] for key in space], axis=1)
+        columns.append((observations[:-1], episode.actions, episode.rewards, 1.0 - episode.terminations,
+                        observations[1:]))
+    keys = "observations", "actions", "rewards", "masks", "next_observations"
+    data = {key: np.concatenate(column) for key, column in zip(keys, zip(*columns))}
+    return task, data, np.arange(len(data["rewards"])), [column[2].sum() for column in columns]
 
 
-def load_d4rl(args):
-    """A row at a timeout has no next observation in the file and is left out, as is the last row."""
-    path, task = args.dataset_path, d4rl_task(args.env_id)
-    if path is None and task is None:
-        raise BadInput(f"--env-id {args.env_id}: not a D4RL name, Minari id (NAMESPACE/NAME-vN) or OGBench single "
-                       "task; for a Gymnasium environment give its data as --dataset-path FILE.hdf5")
-    if path is None:
-        path = pathlib.Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / task[2]
-        if not path.exists():
-            download_d4rl(args.env_id, path)
-    data, recorded_in = read_d4rl(path)
-    env_id = D4RL_TASKS[task[0]][0] if task else args.env_id
-    if recorded_in and recorded_in.split("-v")[0] != env_id.split("-v")[0]:
-        raise BadInput(f"{path} was recorded in {recorded_in}, but --env-id {args.env_id} means {env_id}")
-    terminals, timeouts = data["terminals"].astype(bool), data["timeouts"].astype(bool)
-    rows = np.flatnonzero(~timeouts[:-1])
-    return dict(observations=data["observations"][rows], actions=data["actions"][rows], rewards=data["rewards"][rows],
-                masks=1.0 - terminals[rows], next_observations=data["observations"][rows + 1], rows=rows,
-                ), episode_returns(data["rewards"], terminals | timeouts)
+def make_env(task, **kwargs):
+    """The environment of a task with flat observations and actions in [-1, 1]; kwargs go to gymnasium.make."""
+    env = gym.wrappers.FlattenObservation(gym.make(task["env_id"], **task["kwargs"], **kwargs))
+    if len(env.action_space.shape) != 1:
+        raise BadInput(f"actions must be vectors of numbers, not {env.action_space}")
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # minds what has no bounds
 
 
-def flatten_entries(space, values):
-    """A Minari episode's observations as one array (T, O), entries in the order of FlattenObservation."""
-    if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([flatten_entries(part, values[key]) for key, part in space.spaces.items()], axis=1)
-    if isinstance(space, gym.spaces.Tuple):
-        return np.concatenate([flatten_entries(part, value) for part, value in zip(space.spaces, values)], axis=1)
-    return np.asarray(values, dtype=np.float32).reshape(len(values), -1)
+def prepare(env, data, rows, returns):
+    """The transitions as float32 arrays, and what is to be known of them. `rows`: where they lie in the file.
 
-
-def load_minari(args):
-    """Minari stores an episode's last observation too, so no row is lost."""
-    if match := re.match("D4RL/(antmaze|kitchen)/", args.env_id):
-        print(f"{args.env_id} is Minari's own {match[1]}, neither D4RL's data nor its task: its scores do not compare "
-              "with the papers'", file=sys.stderr)
-    dataset, columns, returns = minari_dataset(args), [], []
-    space = dataset.recover_environment(eval_env=True).observation_space  # the file's has its entries in other order
-    try:
-        for episode in dataset.iterate_episodes():
-            observations = flatten_entries(space, episode.observations)
-            masks = 1.0 - episode.terminations
-            columns.append((observations[:-1], episode.actions, episode.rewards, masks, observations[1:]))
-            returns.append(episode.rewards.sum())
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"Minari dataset {args.env_id}: damaged ({error}); delete it and fetch it again") from error
-    keys = ("observations", "actions", "rewards", "masks", "next_observations")
-    return {key: np.concatenate(column) for key, column in zip(keys, zip(*columns))}, returns
-
-
-def load_ogbench(args):
-    """Rewards and masks as OGBench labels them, with the reward timing of the papers."""
-    import ogbench
-
-    try:
-        _, data, _ = ogbench.make_env_and_datasets(args.env_id, dataset_path=args.dataset_path, success_timing="post")
-    except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadInput(f"OGBench data of {args.env_id}: {error}. Ways out: give the .npz file (its -val.npz "
-                       "beside it) as --dataset-path; or put both into ~/.ogbench/data") from error
-    returns = episode_returns(data["rewards"], data.pop("terminals"))
-    return data, returns
-
-
-def load_dataset(args, env):
-    """The transitions of --env-id as float32 arrays of N rows each, and the returns of the data's episodes.
-
-    Keys: observations and next_observations (N, O), actions (N, A) in (-1, 1), rewards (N,) and masks (N,), which are
-    1 - termination: a time limit never stops bootstrapping. Raises BadInput for data that cannot be trained on.
+    observations and next_observations (N, O), actions (N, A) in (-1, 1), rewards (N,) and masks (N,), which are
+    1 - termination: a time limit never stops bootstrapping.
     """
-    loaders = dict(ogbench=load_ogbench, minari=load_minari, d4rl=load_d4rl, gymnasium=load_d4rl)
-    data, returns = loaders[source(args)](args)
-    rows = data.pop("rows", np.arange(len(data["rewards"])))  # where each transition lies in the file
-    data = {key: np.asarray(value, dtype=np.float32) for key, value in data.items()}
-    name = args.dataset_path or args.env_id
-    if {len(value) for value in data.values()} != {len(rows)}:
-        raise BadInput(f"{name}: lengths differ: {', '.join(f'{key} {len(value)}' for key, value in data.items())}")
-    if len(rows) == 0 or len(returns) == 0:
-        raise BadInput(f"{name}: {len(rows)} transitions and {len(returns)} whole episodes; it takes one of each")
-    for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if data[key].shape[1:] != space.shape:
-            raise BadInput(f"{name}: {key} have shape {data[key].shape[1:]}, but --env-id {args.env_id} wants "
-                           f"{space.shape}; is this another environment's data?")
-    for key, value in data.items():
-        bad = ~np.isfinite(value).reshape(len(value), -1).all(1)
+    box, digest = env.env.action_space, hashlib.sha256()
+    found = data["observations"].shape[1:] + data["actions"].shape[1:]
+    if found != env.observation_space.shape + box.shape:
+        raise BadInput(f"observations and actions have {found} numbers, the environment {env.observation_space.shape} "
+                       f"and {box.shape}")
+    data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    for key in sorted(data):
+        data[key] = np.ascontiguousarray(data[key], dtype=np.float32)
+        bad = ~np.isfinite(data[key]) if key != "actions" else ~(np.abs(data[key]) < 1 + 1e-4)
         if bad.any():
-            first = rows[bad.argmax()]
-            raise BadInput(f"{name}: NaN or infinity in {bad.sum()} rows of {key}, the first is row {first}")
-    box = env.env.action_space if isinstance(env, gym.wrappers.RescaleAction) else env.action_space
-    data["actions"] = (2 * (data["actions"] - box.low) / (box.high - box.low) - 1).astype(np.float32)
-    outside = np.abs(data["actions"]).max(1) > 1 + 1e-4
-    if outside.any():
-        first = rows[outside.argmax()]
-        raise BadInput(f"{name}: {outside.sum()} actions outside the action box, the first is row {first}")
+            row = rows[bad.reshape(len(rows), -1).any(1).argmax()]
+            raise BadInput(f"{bad.sum()} {key} are not finite or outside the action box, the first in row {row}")
+        digest.update(data[key])
     data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
-    return data, np.array(returns, dtype=np.float64)
-
-
-def reward_scale_and_shift(args, rewards, returns):
-    """(scale, shift) of the rewards in training, r -> scale r + shift, from the data's rewards and episode returns."""
-    scale, shift = args.reward_scale, args.reward_shift
-    if args.reward_normalization == "return_range":
-        scale *= 1000 / max(returns.max() - returns.min(), 1e-6)
-    elif args.reward_normalization == "standardize":
-        std = max(rewards.std(dtype=np.float64), 1e-6)
-        scale, shift = scale / std, shift - scale * rewards.mean(dtype=np.float64) / std
-    return float(scale), float(shift)
+    return data, dict(sha256=digest.hexdigest(), transitions=len(rows), episodes=len(returns),
+                      mean_return=float(np.mean(returns)), best=float(max(returns)), worst=float(min(returns)))
 
 
 # ---------------------------------------------------------------- replay
@@ -991,457 +707,329 @@ def sample(replay, batch_size, first=0, end=None):
     return {key: value[index] for key, value in replay.items()}
 
 
-UPDATES_PER_REPLAY = 10  # gradient steps of one CUDA graph
-
-
 def capture(function, count):
-    """`count` calls of `function` as one CUDA graph, launched at once instead of operation by operation.
+    """`count` calls of `function` as one CUDA graph: returns a function that replays them and returns the last result.
 
-    Returns a function that replays them and returns the last result. `function` must have run before, must read its
-    state from tensors alone, and may not wait for the device.
+    `function` must have run before, must read its state from tensors alone, and may not wait for the device.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # where it has run before
         for _ in range(count):
             result = function()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
-
-
-def ring_row(k, data_rows, capacity, args):
-    """Row of the k-th online transition: behind the data, then from the oldest on (the data stay if balanced)."""
-    first = data_rows if args.balanced_sampling else 0
-    return first + (data_rows - first + k) % (capacity - first)
-
-
-def sample_online(replay, data_rows, filled, args):
-    """A batch for the online phase, from the first `filled` rows: all rows alike, or half data and half new."""
-    if not args.balanced_sampling:
-        return sample(replay, args.batch_size, 0, filled)
-    data = sample(replay, args.batch_size // 2, 0, data_rows)
-    new = sample(replay, (args.batch_size + 1) // 2, data_rows, filled)
-    return {key: torch.cat([data[key], new[key]]) for key in data}
+    return lambda: (graph.replay(), result)[1]
 
 
 # ---------------------------------------------------------------- evaluation
-def make_video_env(args, folder, prefix):
-    """The environment of --env-id; its first episode is written to `folder`."""
-    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")  # a prefix for each evaluation
-    try:
-        env = make_env(args, render_mode="rgb_array")
-        env.reset()
-        env.render()
-        return gym.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: episode == 0,
-                                        name_prefix=prefix, disable_logger=True)
-    except Exception as error:  # rendering fails in a different way on every machine
-        raise BadInput(f"--capture-video: {error} (pip install moviepy; MUJOCO_GL=egl without a screen)") from error
-
-
-def evaluate(agent, args, num_candidates, reference=None, video_dir=None, step=0):
+def evaluate(agent, task, args, num_candidates, video_dir=None, step=0, interrupts=()):
     """Runs --eval-episodes episodes side by side, number i seeded with 1000 * seed + i; returns the eval/ metrics.
-    `step` names the video.
 
-    Environments and random generator are its own, so training does not notice.
+    Environments and random generator are its own, so training does not notice. `step` names the video of the first
+    episode. Raises KeyboardInterrupt once `interrupts` holds something.
     """
     count, device = args.eval_episodes, agent.obs_mean.device
     generator = torch.Generator(device).manual_seed(args.seed)
-    makers = [lambda: make_env(args)] * count
+    makers = [lambda: make_env(task)] * count
     if video_dir is not None:
-        makers[0] = lambda: make_video_env(args, video_dir, f"step-{step}-n-{num_candidates}")
+        makers[0] = lambda: gym.wrappers.RecordVideo(
+            make_env(task, render_mode="rgb_array"), str(video_dir), lambda episode: episode == 0,
+            name_prefix=f"step-{step}-n-{num_candidates}", disable_logger=True)
     envs = gym.vector.SyncVectorEnv(makers)
     observations, _ = envs.reset(seed=[1000 * args.seed + i for i in range(count)])
     returns, lengths, successes, running = np.zeros(count), np.zeros(count), None, np.ones(count, dtype=bool)
     while running.any():  # an environment that is done goes on until all are, but no longer counts
+        if interrupts:
+            raise KeyboardInterrupt
         observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
         actions = agent.act(observations, num_candidates, generator).cpu().numpy()
         observations, rewards, terminated, truncated, infos = envs.step(actions)
         returns += rewards * running
         lengths += running
         if "success" in infos:
-            successes = np.zeros(count, dtype=bool) if successes is None else successes
-            successes |= running & infos["success"].astype(bool)
+            successes = (False if successes is None else successes) | running & infos["success"].astype(bool)
         running &= ~(terminated | truncated)
     envs.close()
     metrics = {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std(),
                "eval/episodic_length": lengths.mean()}
-    if reference is not None:
-        metrics["eval/normalized_score"] = normalized_score(returns.mean(), reference)
+    if task["reference"] is not None:
+        low, high = task["reference"]
+        metrics["eval/normalized_score"] = 100 * (returns.mean() - low) / (high - low)
     if successes is not None:
         metrics["eval/success_rate"] = successes.mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
-# ---------------------------------------------------------------- checkpoint and log
-def save(state, path):
-    """Writes a checkpoint so that `path` is always a whole file: to a temporary name, flushed, renamed."""
-    partial = path.with_suffix(".tmp")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
+# ---------------------------------------------------------------- flags, checkpoint, training loop
 def load(path, script=SCRIPT):
-    """(path, contents) of a checkpoint of `script`, read as data only: nothing in the file is executed."""
-    path = pathlib.Path(path)
+    """Folder and contents of a checkpoint of `script`, read as data only: nothing in the file is executed."""
+    path = pathlib.Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
-    try:
+    with blame(f"checkpoint {path}"):
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch does not look at the checksums
+                raise BadInput(f"damaged, the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler fails in a dozen ways, and advises to run what the file says
-        raise BadInput(f"{path}: missing, damaged or not a checkpoint ({type(error).__name__})") from error
-    found = state.get("script") if isinstance(state, dict) else None
-    if found != script:
-        raise BadInput(f"{path}: a checkpoint of {found or 'something else'}, not of {script}")
-    return path, state
-
-
-class Log:
-    """Rows of metrics, in metrics.jsonl and, with --track, in wandb."""
-
-    def __init__(self, run_dir, args, offset):
-        self.file, self.wandb = (run_dir / "metrics.jsonl").open("a"), None
-        end = self.file.seek(min(offset, self.file.seek(0, os.SEEK_END)))
-        self.file.truncate(end)  # rows after the checkpoint will be written again
-        if args.track:
-            import wandb
-
-            try:
-                self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                        id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-            except wandb.errors.Error as error:
-                raise BadInput(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from error
-
-    def __call__(self, step, metrics):
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-
-    def close(self):
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
+        if state["script"] != script:
+            raise BadInput(f"of {state['script']}, not of {script}")
+    return path.parent, state
 
 
 def parse_args(argv=None):
-    """Flags, over the values of the checkpoint that --resume or --evaluate names, or else over the task's defaults.
+    """Flags, over those of the checkpoint that --resume or --evaluate names, or else over the task's defaults.
 
-    Returns the args, the checkpoint's path and its contents (both None without one).
+    Returns the args, the run folder and the checkpoint (None without one).
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("env-id", "resume", "evaluate"):
-        peek.add_argument(f"--{flag}", f"--{flag.replace('-', '_')}")
-    given, _ = peek.parse_known_args(argv)
-    path = checkpoint = None
-    if given.resume and given.evaluate:
-        raise BadInput("--resume and --evaluate exclude each other: the one trains on, the other only evaluates")
-    if given.resume or given.evaluate:
-        path, checkpoint = load(given.resume or given.evaluate)
-        try:
-            defaults = Args(**{**checkpoint["args"], "resume": None, "evaluate": None})
-        except (KeyError, TypeError) as error:
-            raise BadInput(f"{path}: written by another version of {SCRIPT} ({error})") from error
-    else:
-        env_id = given.env_id or Args.env_id
-        defaults = Args(env_id=env_id, **task_defaults(env_id))
+    given = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)[0]  # a first look
+    name = given.run_name or f"{given.env_id.replace('/', '_')}__{SCRIPT}__{given.seed}"
+    run_dir, checkpoint = pathlib.Path(given.runs_dir).expanduser() / name, None
+    if given.evaluate or given.resume not in (None, "", "auto"):
+        run_dir, checkpoint = load(given.evaluate or given.resume)
+    elif (run_dir / "checkpoint.pt").exists():
+        if given.resume != "auto":
+            raise BadInput(f"{run_dir} holds a run: --resume auto continues it, --run-name NAME starts another")
+        run_dir, checkpoint = load(run_dir)
+    with blame(f"{run_dir}, written by another version of {SCRIPT}"):
+        flags = checkpoint["args"] if checkpoint else dict(env_id=given.env_id, **task_defaults(given.env_id))
+        defaults = Args(**{**flags, "resume": None, "evaluate": None})
     args = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n")[0])
+    if args.resume and args.evaluate:
+        raise BadInput("--resume and --evaluate exclude each other: the one trains on, the other only evaluates")
     for key, value in asdict(args).items():
-        flag = f"--{key.replace('_', '-')} {value}"
-        least = 0 if key in ("seed", "ema_start", "online_steps") else 1
+        flag = f"--{key.replace('_', '-')}"
         if value == "":
-            raise BadInput(f"{flag}is empty; is a shell variable unset?")
-        if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**63:
-            raise BadInput(f"{flag}: must be at least {least} and fit into 64 bits")
-        if isinstance(value, float) and not (value >= 0 or key in ("reward_shift", "time_mean") and value > -math.inf):
-            raise BadInput(f"{flag}: must be at least 0")
-        if key == "utd" and value == math.inf:
-            raise BadInput(f"{flag}: must be finite")
-        if key in ("gamma", "tau") and not 0 <= value <= 1:
-            raise BadInput(f"{flag}: must lie between 0 and 1")
-        if checkpoint is not None and key not in ("resume", "evaluate") and value != getattr(defaults, key):
-            print(f"{flag} instead of the checkpoint's {getattr(defaults, key)}")
-    return args, path, checkpoint
+            raise BadInput(f"{flag} is empty; is a shell variable unset?")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = RANGES.get(key, (1, 10**9) if isinstance(value, int) else (1e-12, 1e9))
+            if not low <= value <= high:
+                raise BadInput(f"{flag} {value} must lie between {low:,} and {high:,}")
+    return args, run_dir, checkpoint
 
 
-def flags_of_offline_run(argv):
-    """`argv` with the flags of the run that --from-checkpoint names before it, and that checkpoint (None without)."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--from-checkpoint", "--from_checkpoint")
-    given, _ = peek.parse_known_args(argv)
+def offline_run(argv):
+    """The run that --from-checkpoint names, as a checkpoint to go on from, and its flags in words."""
+    given = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)[0]
     if not given.from_checkpoint:
-        return argv, None
-    _, offline = load(given.from_checkpoint, script="mfql_offline")
-    words = []
-    for key, value in {**offline["args"], "offline_steps": offline["step"]}.items():
-        if key not in ("resume", "evaluate") and isinstance(value, bool):
-            words += [f"--{key}" if value else f"--no-{key}"]
-        elif key not in ("resume", "evaluate"):
-            words += [f"--{key}", str(value)]
-    return words + argv, offline
+        return None, []
+    if given.evaluate or given.resume not in (None, "auto"):
+        raise BadInput("--from-checkpoint starts a run: it excludes --resume RUN and --evaluate")
+    _, state = load(given.from_checkpoint, script="mfql_offline")
+    state["args"]["offline_steps"], words = state["step"], []
+    for key, value in state["args"].items():
+        if key not in ("run_name", "resume", "evaluate"):
+            words += [f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
+    return {**state, "log_offset": 0, "evaluated": False}, words
 
 
 def main(argv=None):
     """Runs the command line `argv` and returns the exit code: 0 done, 3 non-finite loss, 130 interrupted."""
-    argv, offline = flags_of_offline_run(argv)
-    args, checkpoint_path, checkpoint = parse_args(argv)
-    if offline is not None and checkpoint is not None:
-        raise BadInput("--from-checkpoint starts a run: it excludes --resume and --evaluate")
+    offline, words = offline_run(argv)
+    args, run_dir, checkpoint = parse_args(words + (sys.argv[1:] if argv is None else list(argv)))
+    source, checkpoint = (args.from_checkpoint, offline) if offline and not checkpoint else (run_dir, checkpoint)
+    if args.online_alpha is not None and args.alpha == 0:
+        raise BadInput("--online-alpha needs an --alpha above 0, of which it is a multiple")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA needs it for --torch-deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
-        print("no CUDA device: running on the CPU")
+        print("no CUDA device: running on the CPU", file=sys.stderr)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # what a graph captures may not have begun on the default stream
-    env, reference = make_env(args), reference_scores(args)
+    with blame(f"--dataset-path {args.dataset_path}" if args.dataset_path else f"--env-id {args.env_id}"):
+        path = args.dataset_path and pathlib.Path(args.dataset_path).expanduser()
+        loader = load_hdf5 if "/" not in args.env_id or str(path).endswith((".hdf5", ".h5")) else load_minari
+        task, *data = [checkpoint["task"]] if args.evaluate else loader(args.env_id, path)
+        module = task["env_id"].rpartition(":")[0]  # Gymnasium imports it
+        asked = " ".join(argv or sys.argv).replace("=", " ")  # a folder may be called like the task, so with its flag
+        if module not in ("", "data.d4rl_tasks", "gymnasium_robotics") and f"--env-id {task['env_id']}" not in asked:
+            raise BadInput(f"a file asks for the import of {module}; allow it with --env-id {task['env_id']}")
+        env = make_env(task, **dict(render_mode="rgb_array") if args.capture_video else {})
+        if args.capture_video and env.reset() and env.render() is not None:  # fails now rather than after hours
+            import moviepy  # noqa: F401
+        if not args.evaluate:
+            data, about_data = prepare(env, *data)
     torch.manual_seed(args.seed)
     agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args, device)
+    step, optimizers = 0, (agent.actor_optimizer, agent.critic_optimizer)
     if checkpoint is not None:
-        try:
+        with blame(f"the checkpoint in {source} does not fit these flags, or is a policy.pt, only to be evaluated"):
             agent.load_state_dict(checkpoint["agent"])
-            agent.step = checkpoint["step"]
-            if args.resume:
-                agent.load_training_state(checkpoint["training"])
-                if args.alpha != checkpoint["args"]["alpha"]:
-                    agent.alpha.fill_(args.alpha)
-                agent.step = checkpoint["training"]["updates"]
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise BadInput(f"{checkpoint_path} does not fit these flags, or is a policy.pt, which can be evaluated "
-                           f"but not resumed ({str(error).splitlines()[0]})") from error
-    if offline is not None:
-        try:
-            agent.load_state_dict(offline["agent"])
-            agent.load_training_state(offline["training"])
-            if args.alpha != offline["args"]["alpha"]:
-                agent.alpha.fill_(args.alpha)
-            agent.step = offline["step"]
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise BadInput(f"--from-checkpoint {args.from_checkpoint} does not fit these flags, or is a policy.pt, "
-                           f"which cannot be trained on ({str(error).splitlines()[0]})") from error
-        for key in ("env_id", "observation_normalization", "policy_form", "reward_normalization", "reward_scale",
-                    "reward_shift"):
-            if offline["args"][key] != getattr(args, key):
-                raise BadInput(f"--from-checkpoint {args.from_checkpoint} was trained with --{key.replace('_', '-')} "
-                               f"{offline['args'][key]}, not {getattr(args, key)}")
-        if args.offline_steps != agent.step:
-            raise BadInput(f"--from-checkpoint has had its {agent.step} offline steps: leave out --offline-steps")
+            step = checkpoint["step"]
+            for optimizer, saved in zip(optimizers, () if args.evaluate else checkpoint["optimizers"]):
+                # with this run's groups: learning rates may be given anew, the checkpoint be of another device
+                optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
     candidates = args.num_candidates_eval or args.num_candidates
+    video_dir = run_dir / "videos" if args.capture_video else None
     if args.evaluate:
-        video_dir = checkpoint_path.parent / "videos" if args.capture_video else None
-        metrics = evaluate(agent, args, candidates, reference, video_dir, agent.step)
-        print(json.dumps({"step": agent.step, "num_candidates": candidates, **metrics}))
+        metrics = evaluate(agent, task, args, candidates, video_dir, step)
+        print(json.dumps({"step": step, "num_candidates": candidates, **metrics}))
         return 0
 
-    data, data_returns = load_dataset(args, env)
-    digest = hashlib.sha256()
-    for key in sorted(data):
-        digest.update(np.ascontiguousarray(data[key]))
-    summary = {"sha256": digest.hexdigest(), "transitions": len(data["rewards"]), "episodes": len(data_returns),
-               "mean_return": float(data_returns.mean()), "best_return": float(data_returns.max())}
-    if checkpoint is None and offline is None:
-        if args.observation_normalization == "dataset":
-            std = torch.as_tensor(data["observations"].std(0, dtype=np.float64))
-            agent.obs_mean.copy_(torch.as_tensor(data["observations"].mean(0, dtype=np.float64)))
-            agent.obs_std.copy_(torch.where(std < 1e-6, 1.0, std))
-    elif (checkpoint or offline)["data"]["sha256"] != summary["sha256"]:
-        raise BadInput(f"{checkpoint_path or args.from_checkpoint} was trained on other data than "
-                       f"{args.dataset_path or args.env_id} holds")
-    data_rows = len(data["rewards"])
-    fixed = ["seed", "observation_normalization"] if args.resume else []
-    if args.resume and checkpoint["running"]["steps"]:
-        fixed += ["env_id", "offline_steps", "utd", "buffer_size", "balanced_sampling", "reward_normalization",
-                  "reward_scale", "reward_shift"]
-    elif args.resume and args.offline_steps < agent.step:
-        raise BadInput(f"--offline-steps {args.offline_steps}: {agent.step} have been done")
-    for key in fixed:
-        if getattr(args, key) != checkpoint["args"][key]:
-            raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run: what it has learned and "
-                           "collected depends on it")
-    online_rows = max(args.online_steps, checkpoint["running"]["steps"] if args.resume else 0)
-    capacity = max(data_rows, min(args.buffer_size, data_rows + online_rows))
-    if args.balanced_sampling and args.online_steps and capacity == data_rows:
-        raise BadInput(f"--balanced-sampling needs a --buffer-size above the data's {data_rows} transitions")
-    replay = {key: torch.zeros(capacity, *value.shape[1:], device=device) for key, value in data.items()}
-    for key, value in data.items():
-        replay[key][:data_rows] = torch.as_tensor(value, device=device)
+    state = checkpoint.get("online") if checkpoint else None  # None: the online phase starts here, or the run
+    if checkpoint is not None:
+        fixed = ["observation_normalization"] + (["seed"] if state else [])
+        if state is None or state["steps"]:
+            fixed += ["env_id", "offline_steps", "reward_scale", "reward_shift"]
+        if state and state["steps"]:
+            fixed += ["utd", "buffer_size", "balanced_sampling"]
+        for key in fixed:
+            if getattr(args, key) != checkpoint["args"][key]:
+                raise BadInput(f"--{key.replace('_', '-')} cannot change in a resumed run; --run-name starts another")
+        if state and not state["steps"] and args.offline_steps < step:
+            raise BadInput(f"--offline-steps {args.offline_steps}: {step} have been done")
+        if about_data["sha256"] != checkpoint["data"]["sha256"]:
+            raise BadInput(f"{source} was trained on other data than {args.dataset_path or args.env_id} holds")
+    elif args.observation_normalization == "dataset":
+        std = torch.as_tensor(data["observations"].std(0, dtype=np.float64))
+        agent.obs_mean.copy_(torch.as_tensor(data["observations"].mean(0, dtype=np.float64)))
+        agent.obs_std.copy_(torch.where(std < 1e-6, 1.0, std))
+    replay = {key: torch.as_tensor(value, device=device) for key, value in data.items()}
     for key in ("observations", "next_observations"):
-        replay[key][:data_rows] = (replay[key][:data_rows] - agent.obs_mean) / agent.obs_std
-    reward_scale, reward_shift = reward_scale_and_shift(args, data["rewards"], data_returns)
-    replay["rewards"][:data_rows] = reward_scale * replay["rewards"][:data_rows] + reward_shift
-    del data
+        replay[key] = (replay[key] - agent.obs_mean) / agent.obs_std
+    replay["rewards"] = args.reward_scale * replay["rewards"] + args.reward_shift
+    online = Online(env, agent, replay, args, state)
+    del data, replay
 
-    def episode_seed(number):
-        """Every episode has its own seed, so that a resumed run can play the unfinished one again."""
-        return int(np.random.SeedSequence([args.seed, number]).generate_state(1)[0])
-
-    running = dict(steps=0, number=0, total=0.0, actions=[])  # of the online phase
-    if args.resume:
-        running = checkpoint["running"]
-    observation, _ = env.reset(seed=episode_seed(running["number"]))
-    for action in running["actions"]:  # plays the unfinished episode again: same seed, same actions, same state
-        observation = env.step(action.numpy())[0]
-    if args.resume:
-        if running["actions"] and not np.array_equal(observation, checkpoint["observation"].numpy()):
-            raise BadInput(f"{args.env_id} is not deterministic: the unfinished episode of {checkpoint_path} went "
-                           "another way, so the run cannot be continued bit for bit")
-        for key, value in checkpoint["online"].items():
-            replay[key][checkpoint["online_rows"].to(device)] = value.to(device)
-
-    name = f"{args.env_id.replace('/', '_')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = checkpoint_path.parent if args.resume else pathlib.Path(args.runs_dir) / name
-    video_dir = run_dir / "videos" if args.capture_video else None
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise BadInput("--track needs wandb: pip install wandb")
-    if args.capture_video:
-        make_video_env(args, pathlib.Path(args.runs_dir), "test").close()  # fails now rather than after hours
-    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
-    about = {"args": asdict(args), "data": summary, "device": str(device), "threads": torch.get_num_threads(),
-             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}}
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):
+        if args.track:
+            import wandb  # fails before anything is written
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir / ".lock")
+        lock.acquire(timeout=0)  # two processes never write one folder
+        packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+        about = dict(args=asdict(args), data=about_data, device=str(device), threads=torch.get_num_threads(),
+                     python=sys.version, versions={name: importlib.metadata.version(name) for name in packages})
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
-        log = Log(run_dir, args, checkpoint["log_offset"] if args.resume else 0)
-    except OSError as error:
-        raise BadInput(f"the run folder cannot be written ({error}): give another --runs-dir") from error
-    score = "" if reference is None else f" (normalized {normalized_score(data_returns.mean(), reference):.1f})"
-    print(f"{args.env_id}: {summary['transitions']} transitions, {summary['episodes']} episodes, mean return "
-          f"{summary['mean_return']:.1f}{score}, best {summary['best_return']:.1f}; run folder {run_dir}")
+        (run_dir / "done.json").unlink(missing_ok=True)
+        log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
+        end = min(checkpoint["log_offset"], log_file.tell()) if checkpoint else 0
+        log_file.seek(log_file.truncate(end))  # later rows will be written again
+        if args.track:
+            wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
+    print(f"{args.env_id}: {about_data['transitions']} transitions, {about_data['episodes']} episodes, mean return "
+          f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; run folder {run_dir}")
 
-    def evaluate_and_log(prefix, num_candidates):
-        metrics = evaluate(agent, args, num_candidates, reference, video_dir, step)
-        log(step, {name.replace("eval/", prefix): value for name, value in metrics.items()})
-        text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
-        tqdm.write(f"step {step}, N = {num_candidates}: {text}")
+    def log(metrics):
+        log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        if args.track:
+            wandb.log(metrics, step=step)
+
+    def evaluate_and_log(*numbers):
+        """Evaluates with these numbers of candidates, then logs: an interruption leaves all of their rows or none."""
+        found = [evaluate(agent, task, args, number, video_dir, step, interrupts) for number in numbers]
+        for prefix, number, metrics in zip(("eval/", "eval_n1/"), numbers, found):
+            log({name.replace("eval/", prefix): value for name, value in metrics.items()})
+            text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
+            tqdm.write(f"step {step}, N = {number}: {text}")
+
+    def save():
+        """policy.pt and checkpoint.pt, each always a whole file: written under another name, flushed, renamed."""
+        state = dict(script=SCRIPT, args=asdict(args), step=step, task=task, data=about_data, agent=agent.state_dict())
+        more = dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], random_cpu=torch.get_rng_state(),
+                    random_cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None,
+                    log_offset=log_file.tell(), evaluated=evaluated, online=online.state_dict(), parts=parts)
+        for path, contents in ((run_dir / "policy.pt", state), (run_dir / "checkpoint.pt", {**state, **more})):
+            partial = path.with_suffix(".tmp")
+            try:
+                with blame(f"{path} cannot be written, the one before stays"), open(partial, "wb") as file:
+                    torch.save(contents, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def interrupt(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        interrupts.append(number)
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step\n".encode())
 
     interrupts = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
-        signal.signal(number, lambda n, _: (interrupts.append(n), signal.signal(n, signal.SIG_DFL)))
-    if args.resume or offline is not None and args.seed == offline["args"]["seed"]:
-        state = checkpoint or offline
-        torch.set_rng_state(state["random"]["cpu"])
-        if device.type == "cuda" and state["random"]["cuda"] is not None:  # None: saved on a CPU
-            torch.cuda.set_rng_state(state["random"]["cuda"])
-    step, total = min(agent.step, args.offline_steps) + running["steps"], args.offline_steps + args.online_steps
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    stop = evaluated = False  # evaluated: whether the log has this step's rows of eval/
+    parts, episode = {}, None  # episode: metrics of one that has just ended
+    if checkpoint is not None and args.seed == checkpoint["args"]["seed"]:  # else other batches, other noise
+        evaluated, parts = checkpoint["evaluated"], checkpoint.get("parts", {})
+        torch.set_rng_state(checkpoint["random_cpu"])
+        if device.type == "cuda" and checkpoint["random_cuda"] is not None:  # None: saved on a CPU
+            torch.cuda.set_rng_state(checkpoint["random_cuda"])
+    total, updates = args.offline_steps + args.online_steps, int(agent.updates)
     bar = tqdm(total=total, initial=step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
-    clock, clock_step, clock_updates = time.time(), step, agent.step
+    clock, clock_step, clock_updates = time.time(), step, updates
     # A graph may only hold what has run before: three updates launch operation by operation first.
-    graphs, graphs_from = args.cuda_graph and device.type == "cuda", agent.step + 3
-    replay_updates = replay_act = replay_online = None
-    parts, stop, filled = {}, False, torch.tensor(data_rows, device=device)
-    current = torch.zeros_like(replay["observations"][:1])  # where the graph of `act` reads its observation
-
-    def act():
-        actions = agent.act(current, args.num_candidates, None)
-        return (actions + args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
+    graphs, graphs_from, replay_updates = args.cuda_graph and device.type == "cuda", step + 3, None
+    online_graphs, online_graphs_from = None, max(updates, args.offline_steps) + 3
 
     def update():
         if step < args.offline_steps:
-            return agent.update(sample(replay, args.batch_size, 0, data_rows))
-        return agent.update(sample_online(replay, data_rows, filled, args))
+            return agent.update(sample(online.replay, args.batch_size, 0, online.data_rows))
+        return agent.update(sample_online(online.replay, online.data_rows, online.filled, args))
 
-    while step < total and not stop:
-        change = step == args.offline_steps
-        if step and (step % args.eval_interval == 0 or change):  # after the checkpoint, so that resuming repeats it
-            paused = time.time()
-            evaluate_and_log("eval/", candidates)
-            if change:
-                graphs_from = max(graphs_from, agent.step + 3)  # acting and the online batches are new
-                evaluate_and_log("eval_n1/", 1)
-                tqdm.write(f"step {step}: the online phase begins")
-            clock += time.time() - paused
-        count = 1
-        if step < args.offline_steps:
+    try:
+        while step < total and not stop:
+            change = step == args.offline_steps  # evaluating comes after the checkpoint: resuming repeats it
+            if (change or step and step % args.eval_interval == 0) and not evaluated:
+                paused = time.time()
+                evaluate_and_log(candidates, *[1] * change)
+                clock += time.time() - paused
+            evaluated = False
             intervals = args.log_interval, args.eval_interval, args.checkpoint_interval
             until_due = min(args.offline_steps - step, *(n - step % n for n in intervals))
-            if graphs and agent.step >= graphs_from and until_due >= UPDATES_PER_REPLAY:
+            if step >= args.offline_steps:
+                if graphs and updates >= online_graphs_from:
+                    online_graphs = online_graphs or (capture(online.act, 1), capture(update, 1))
+                act, online_update = online_graphs or (online.act, update)
+                episode, count = online.step(act), 1
+                while updates < args.offline_steps + args.utd * online.steps:
+                    parts, updates = online_update(), updates + 1
+            elif graphs and step >= graphs_from and until_due >= UPDATES_PER_REPLAY:
                 replay_updates = replay_updates or capture(update, UPDATES_PER_REPLAY)
                 parts, count = replay_updates(), UPDATES_PER_REPLAY
             else:
-                parts = update()
-            agent.step += count
-        else:
-            current[0] = torch.as_tensor(observation)
-            if graphs and agent.step >= graphs_from:
-                replay_act = replay_act or capture(act, 1)
-            actions = (replay_act or act)()
-            action = actions[0].cpu()
-            observation, reward, terminated, truncated, _ = env.step(action.numpy())
-            next_observations = torch.as_tensor(observation, dtype=torch.float32, device=device)
-            row = ring_row(running["steps"], data_rows, capacity, args)
-            replay["observations"][row] = (current[0] - agent.obs_mean) / agent.obs_std
-            replay["next_observations"][row] = (next_observations - agent.obs_mean) / agent.obs_std
-            replay["actions"][row] = actions[0]
-            replay["rewards"][row] = reward_scale * float(reward) + reward_shift
-            replay["masks"][row] = 1.0 - float(terminated)
-            running["steps"] += 1
-            running["total"] += float(reward)
-            running["actions"].append(action)
-            if terminated or truncated:
-                if math.isfinite(running["total"]):  # else the losses are not either, which ends the run soon
-                    log(step + 1, {"charts/episodic_return": running["total"],
-                                   "charts/episodic_length": len(running["actions"])})
-                running.update(number=running["number"] + 1, total=0.0, actions=[])
-                observation, _ = env.reset(seed=episode_seed(running["number"]))
-            filled.fill_(min(data_rows + running["steps"], capacity))
-            while agent.step < args.offline_steps + args.utd * running["steps"]:
-                if graphs and agent.step >= graphs_from:
-                    replay_online = replay_online or capture(update, 1)
-                    parts = replay_online()
-                else:
-                    parts = update()
-                agent.step += 1
-        step += count
-        bar.update(count)
-        stop = step == total or bool(interrupts)
-        log_due, save_due = step % args.log_interval == 0, step % args.checkpoint_interval == 0 or stop
-        save_due = save_due or step == args.offline_steps
-        if log_due or save_due or step % args.eval_interval == 0:  # else losses stay on the device
-            values = {f"losses/{name}": value.item() for name, value in parts.items()}
-            if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                bar.close()
-                log.close()
-                print(f"{SCRIPT}: step {step}: {bad[0]} is {values[bad[0]]}; the last good checkpoint is "
-                      f"{run_dir / 'checkpoint.pt'}, if one was due", file=sys.stderr)
-                return 3
-            if log_due:
-                seconds, clock = time.time() - clock, time.time()
-                speed = {"charts/UPS": (agent.step - clock_updates) / seconds}
-                if running["steps"]:
-                    speed["charts/SPS"] = min(step - clock_step, running["steps"]) / seconds
-                clock_step, clock_updates = step, agent.step
-                log(step, {**speed, **agent.charts(), **values})
-        if save_due:
-            state = dict(script=SCRIPT, args=asdict(args), step=step, data=summary, agent=agent.state_dict())
-            save(state, run_dir / "policy.pt")
-            cuda_state = torch.cuda.get_rng_state() if device.type == "cuda" else None
-            written = torch.arange(max(0, running["steps"] - capacity), running["steps"], device=device)
-            rows = ring_row(written, data_rows, capacity, args).unique()
-            save(dict(state, training=dict(agent.training_state(), updates=agent.step), log_offset=log.file.tell(),
-                      running=running, observation=torch.as_tensor(observation), online_rows=rows,
-                      online={key: value[rows] for key, value in replay.items()},
-                      random=dict(cpu=torch.get_rng_state(), cuda=cuda_state)), run_dir / "checkpoint.pt")
+                parts, count = update(), 1
+            step += count
+            updates = max(updates, min(step, args.offline_steps))
+            bar.update(count)
+            stop = bool(interrupts)
+            if episode and math.isfinite(episode["charts/episodic_return"]):  # else the losses soon end the run
+                log(episode)
+            save_due = step % args.checkpoint_interval == 0 or step in (args.offline_steps, total) or stop
+            if save_due or step % args.log_interval == 0 or step % args.eval_interval == 0:  # else nothing is copied
+                values = {f"losses/{name}": value.item() for name, value in parts.items()}
+                if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+                    bar.close()
+                    print(f"{SCRIPT}: step {step}: {bad[0]} is {values[bad[0]]}; {run_dir} has what was saved before",
+                          file=sys.stderr)
+                    return 3
+                if step % args.log_interval == 0:
+                    seconds, acted = time.time() - clock, min(step - clock_step, online.steps)
+                    ups, sps = (updates - clock_updates) / seconds, {"charts/SPS": acted / seconds} if acted else {}
+                    clock, clock_step, clock_updates = time.time(), step, updates
+                    log({"charts/UPS": ups, **sps, **agent.charts(), **values})
+            if save_due:
+                save()
+        if not stop and not evaluated:
+            evaluate_and_log(candidates, 1)
+            evaluated = True
+            save()  # so that extending the run keeps these rows
+    except KeyboardInterrupt:  # of an evaluation
+        save()
     bar.close()
     if interrupts:
-        print(f"interrupted at step {step}, state saved; continue with: python {SCRIPT}.py --resume {run_dir}")
-        log.close()
+        print(f"interrupted at step {step}; continue with: python {SCRIPT}.py --resume {run_dir}", file=sys.stderr)
         return 130
-    evaluate_and_log("eval/", candidates)
-    evaluate_and_log("eval_n1/", 1)
-    log.close()
+    (run_dir / "done.json").write_text(json.dumps({"step": step}))
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         sys.exit(main())
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # OSError: a full disk, a vanished folder, a closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python minds the closed pipe once more
         print(f"{SCRIPT}: {' '.join(str(error).split())}", file=sys.stderr)  # one line
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{SCRIPT}: interrupted", file=sys.stderr)
+        sys.exit(130)
