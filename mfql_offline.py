@@ -490,12 +490,13 @@ def load_hdf5(env_id, path):
 
     folder = pathlib.Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     name = re.fullmatch(f"({'|'.join(D4RL)})-((random|medium|expert|full-replay)|medium-(replay|expert))-v2", env_id)
-    path = path or folder / (f"{name[1]}_{name[2].replace('-', '_')}-v2.hdf5" if name else f"flat/{env_id}.hdf5")
+    usual = folder / (f"{name[1]}_{name[2].replace('-', '_')}-v2.hdf5" if name else f"flat/{env_id}.hdf5")
+    path, missing = path or usual, path is None and not usual.exists()
     fetch = pathlib.Path(__file__).with_name("data") / "fetch.py"  # knows all tasks, and more than one server
-    if not path.exists() and fetch.exists():
+    if missing and fetch.exists():
         if code := subprocess.run([sys.executable, fetch, env_id]).returncode:
             sys.exit(code)  # it has said why
-    elif not path.exists() and name:
+    elif missing and name:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(f"https://huggingface.co/datasets/imone/D4RL/resolve/main/{path.name}", path)
     if not path.is_file():
