@@ -10,7 +10,7 @@ follows from the score of p_t, and the score is estimated from the critic alone,
 u(a_t, r, t; s), the average of that velocity between the times r and t, then maps noise to an action in a single
 evaluation. Time t = 0 is the action and t = 1 the noise. The algorithm ends with `Agent`; evaluation, checkpoints and
 the loop follow, with the same text in the sibling scripts where it can be. `data/fetch.py --from-run RUN-FOLDER NAME`
-makes a Minari data set of what a run collected. The equations, as this file numbers them ("its": the paper's, cited):
+makes a Minari data set of what a run collected. The equations, as this file numbers them ("its": the paper's own):
 
   (1) a_t = mu_t a_0 + sigma_t e,  mu_t = 1 - t,  sigma_t = t        path; with --path vp instead (its table 3)
       mu_t = exp(-B_t / 2),  sigma_t^2 = 1 - mu_t^2,  B_t = b0 t + (b1 - b0) t^2 / 2,  b0 = 0.1,  b1 = 20
@@ -156,7 +156,7 @@ class Args:
     """step size of Adam, for the policy and the critic"""
 
 
-RANGES = {  # least and largest value of a flag; other whole numbers are 1 to a billion, other numbers 1e-12 to 1e9
+RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
     **dict.fromkeys(("gamma", "tau", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)),
     **dict.fromkeys(("reward_shift", "time_mean"), (-1e9, 1e9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)),
@@ -503,8 +503,9 @@ def parse_args(argv=None):
     Returns the args, the run folder and the checkpoint (None without one).
     """
     given = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)[0]  # a first look
-    name = given.run_name or f"{given.env_id.replace('/', '_')}__{SCRIPT}__{given.seed}"
-    run_dir, checkpoint = pathlib.Path(given.runs_dir).expanduser() / name, None
+    env_name = given.env_id.replace("/", "_").replace(":", "_")
+    run_dir = pathlib.Path(given.runs_dir).expanduser() / (given.run_name or f"{env_name}__{SCRIPT}__{given.seed}")
+    checkpoint = None
     if given.evaluate or given.resume not in (None, "", "auto"):
         run_dir, checkpoint = load(given.evaluate or given.resume)
     elif (run_dir / "checkpoint.pt").exists():
@@ -607,7 +608,8 @@ def main(argv=None):
         lock.acquire(timeout=0)  # two processes never write one folder
         packages = ("torch", "numpy", "gymnasium", "mujoco")
         about = dict(args=asdict(args), device=str(device), threads=torch.get_num_threads(),
-                     python=sys.version, versions={name: importlib.metadata.version(name) for name in packages})
+                     python=sys.version, versions={found.name: found.version for found in
+                                                   importlib.metadata.distributions() if found.name in packages})
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
         (run_dir / "done.json").unlink(missing_ok=True)
         log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
@@ -657,7 +659,8 @@ def main(argv=None):
 
     interrupts = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
     stop = evaluated = False  # evaluated: whether the log has this step's rows of eval/
     if checkpoint is not None:
         evaluated, updates = checkpoint["evaluated"], checkpoint["updates"]
