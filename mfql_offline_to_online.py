@@ -172,7 +172,7 @@ class Args:
     """Adam step size of the critic, constant"""
 
 
-RANGES = {  # least and largest value of a flag; other whole numbers are 1 to a billion, other numbers 1e-12 to 1e9
+RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
     **dict.fromkeys(("gamma", "tau", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)),
     **dict.fromkeys(("reward_shift", "time_mean"), (-1e9, 1e9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)),
@@ -211,7 +211,7 @@ def task_defaults(env_id):
         return dict(LOCOMOTION, tau=0.02, actor_learning_rate=3e-4, offline_steps=10_000, eval_episodes=20,
                     eval_interval=5_000, policy_width=64, policy_depth=2, critic_width=256, critic_depth=2,
                     compile=shutil.which("g++") is not None, online_steps=15_000)
-    if re.match(r"([\w.-]+/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id):
+    if re.match(r"([\w.-]+/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id.lower()):  # Hopper-v5 as well
         return LOCOMOTION
     for pattern, (alpha, num_candidates, time_steps, gamma) in TASKS.items():
         if re.fullmatch(pattern, env_id):
@@ -687,6 +687,8 @@ def prepare(env, data, rows, returns):
         raise BadInput(f"observations and actions have {found} numbers, the environment {env.observation_space.shape} "
                        f"and {box.shape}")
     data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    if not returns:
+        raise BadInput("no episode ends: all terminals and timeouts are 0")
     for key in sorted(data):
         data[key] = np.ascontiguousarray(data[key], dtype=np.float32)
         bad = ~np.isfinite(data[key]) if key != "actions" else ~(np.abs(data[key]) < 1 + 1e-4)
@@ -780,11 +782,12 @@ def parse_args(argv=None):
     Returns the args, the run folder and the checkpoint (None without one).
     """
     given = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)[0]  # a first look
-    name = given.run_name or f"{given.env_id.replace('/', '_')}__{SCRIPT}__{given.seed}"
-    run_dir, checkpoint = pathlib.Path(given.runs_dir).expanduser() / name, None
+    env_name = given.env_id.replace("/", "_").replace(":", "_")
+    run_dir = pathlib.Path(given.runs_dir).expanduser() / (given.run_name or f"{env_name}__{SCRIPT}__{given.seed}")
+    checkpoint = None
     if given.evaluate or given.resume not in (None, "", "auto"):
         run_dir, checkpoint = load(given.evaluate or given.resume)
-    elif (run_dir / "checkpoint.pt").exists():
+    elif (run_dir / "checkpoint.pt").exists() or (run_dir / "done.json").exists():
         if given.resume != "auto":
             raise BadInput(f"{run_dir} holds a run: --resume auto continues it, --run-name NAME starts another")
         run_dir, checkpoint = load(run_dir)
@@ -898,7 +901,8 @@ def main(argv=None):
         lock.acquire(timeout=0)  # two processes never write one folder
         packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
         about = dict(args=asdict(args), data=about_data, device=str(device), threads=torch.get_num_threads(),
-                     python=sys.version, versions={name: importlib.metadata.version(name) for name in packages})
+                     python=sys.version, versions={found.name: found.version for found in
+                                                   importlib.metadata.distributions() if found.name in packages})
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
         (run_dir / "done.json").unlink(missing_ok=True)
         log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
@@ -946,7 +950,8 @@ def main(argv=None):
 
     interrupts = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
     stop = evaluated = False  # evaluated: whether the log has this step's rows of eval/
     parts, episode = {}, None  # episode: metrics of one that has just ended
     if checkpoint is not None and args.seed == checkpoint["args"]["seed"]:  # else other batches, other noise

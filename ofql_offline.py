@@ -1,29 +1,31 @@
 """OFQL: one-step flow Q-learning, offline, in one file.
 
 Paper: Nguyen, Yoo, "One-Step Flow Q-Learning", ICLR 2026, arXiv 2508.13904. Its authors have released no code. Where
-the text is silent, this file follows the code of the first author's next paper (InsQL, a fork of CleanDiffuser), here
-called the author's code base, or else CleanDiffuser or the official diffusion Q-learning; the flags say which.
+the text is silent, this file follows one of three code bases: that of the first author's InsQL (a fork of
+CleanDiffuser), here called the author's code base, CleanDiffuser, or the official diffusion Q-learning.
 
 One network u(a_t, r, t; s), the average velocity [10] of a flow between the times r and t, maps Gaussian noise e to an
-action in a single evaluation, a = e - u(e, 0, 1; s). Time t = 0 is the data and t = 1 the noise. The network is cloned
-with the MeanFlow identity, on half of each batch with r = t, where it is plain flow matching; the critic's gradient
-goes straight through the one step. The algorithm ends with `Agent`; data, evaluation, checkpoints and the loop follow,
-with the same text in the sibling scripts. The equations, as this file numbers them, with [the paper's numbers]:
+action in a single evaluation, a = e - u(e, 0, 1; s). Time t = 0 is the data and t = 1 the noise. The network imitates
+the data by regression on the MeanFlow identity; half of each batch has r = t, which is plain flow matching. The critic's
+gradient goes straight through the one step. The algorithm ends with `Agent`; data, evaluation, checkpoints and the loop
+follow, with the same text in the sibling scripts. The equations, as this file numbers them, with [the paper's numbers]:
 
   (1) a_t = (1 - t) a + t e,  v = e - a                              path from the data a to the noise e [8]
   (2) u_tgt = sg[v - (t - r) du/dt],  du/dt = v ∂u/∂a_t + ∂u/∂t      MeanFlow identity, one JVP along (v, 0, 1) [13-15]
   (3) L_FBC = mean |u - u_tgt|^2                                     cloning loss, mean over rows and numbers [13-15]
   (4) a(e) = clip(e - u(e, 0, 1; s), -1, 1),  e ~ N(0, I)            one-step action [12, 16]
-  (5) t, r = max, min of two sigmoid(N(-0.4, 1));  r = t on half of the batch
-  (6) L_critic = sum_k mean (Q_k(s, a) - y)^2,  y = rew + gamma (1 - done) min_k max_i Q'_k(s', a'_i) [17]
-  (7) L_actor = L_FBC - eta mean Q_i(s, a(e)) / sg[mean |Q_j(s, a(e))|],  {i, j} = {1, 2} at random [38, see below]
-  (8) acting: of N actions a(T e_i), i is drawn with probability softmax(w min_k Q'_k(s, a(T e_i)))
+  (5) t, r = max, min of two sigmoid(N(-0.4, 1));  r = t on half of the batch [Sec. 5]
+  (6) L_critic = sum_k mean (Q_k(s, a) - y)^2,  y = sg[rew + gamma (1 - done) min_k max_i Q'_k(s', a'_i)] [17],
+      Q' the target critics, a'_i = a(e_i) at s': one, or ten with --max-q-backup
+  (7) L_actor = L_FBC - eta mean Q_i(s, a(e)) / sg[mean |Q_j(s, a(e))|],  {i, j} = {1, 2} at random [after 38]
+  (8) acting: of N actions a(T e_i), i is drawn with probability softmax(w min_k Q'_k(s, a(T e_i))): CleanDiffuser's
 
 What the paper's text (with official diffusion Q-learning for what it leaves open) and the author's code base do
-differently is a flag each; the README gives both sets as commands. Deviations from the paper: eta per task is
-unpublished, see `TASKS`; batches are drawn with replacement; in (7) the paper divides by the mean |Q| of the data's
-actions, all three code bases by the other critic's at the policy's own, which they clip, as in (4). The defaults for
-locomotion (`LOCOMOTION`) and for tasks that the paper does not cover are ours.
+differently is a flag each; the README gives both sets as commands. Deviations from the paper's text by default: the
+policy itself proposes a' (there its moving average); the critic has LayerNorm and a Tanh (there neither); (3) is a
+mean (there a squared norm), which sets the unit of eta; (4) clips (not stated there); (7) takes one random critic and
+divides by the other's mean |Q| at the policy's actions (there by that at the data's); the last three as in all three
+code bases. eta per task is unpublished, see `TASKS`. Defaults for locomotion and for tasks outside the paper are ours.
 """
 import contextlib
 import hashlib
@@ -102,25 +104,25 @@ class Args:
 
     # ---- algorithm ----
     offline_steps: int = 1_000_000
-    """number of gradient steps W"""
+    """number of gradient steps"""
     batch_size: int = 256
     """transitions per gradient step"""
     gamma: float = 0.99
     """discount factor, Eq. (6)"""
     tau: float = 0.005
     """Polyak rate of the target critic, after every --target-interval steps (0.005 and 1: official diffusion
-    Q-learning; 0.995 and 5, nearly a copy: CleanDiffuser and the author's code base)"""
+    Q-learning; 0.995 and 5, nearly a copy: CleanDiffuser, author's code base; the paper gives neither)"""
     target_interval: int = 1
     """gradient steps between two updates of the target critic"""
     reward_normalization: Literal["none", "return_range", "standardize"] = "none"
     """return_range: times 1000 / (best - worst return of the data) (author's code base, locomotion); standardize: to
     mean 0 and deviation 1 (official diffusion Q-learning, Adroit)"""
     reward_scale: float = 1.0
-    """factor on the rewards in training; large returns (thousands) keep the critic from catching up with its target"""
+    """factor on the rewards in training; returns of thousands take the critic long to reach"""
     reward_shift: float = 0.0
     """added to the scaled rewards in training"""
     observation_normalization: Literal["dataset", "none"] = "dataset"
-    """dataset: subtract the data's mean and divide by its standard deviation (author's code base; none: the paper)"""
+    """dataset: subtract the data's mean and divide by its standard deviation (author's code base)"""
     policy_width: int = 256
     """width of the policy's hidden layers"""
     policy_depth: int = 3
@@ -135,7 +137,7 @@ class Args:
     num_candidates: int = 50
     """N of Eq. (8); the paper's timing suggests 50, CleanDiffuser's number. The final evaluation also reports N = 1"""
     inverse_temperature: float = 50.0
-    """w of Eq. (8): larger is greedier. It weighs values in units of the scaled reward (CleanDiffuser's, per task)"""
+    """w of Eq. (8): larger is greedier; per task CleanDiffuser's. It has the unit of 1 / (scaled reward)"""
     noise_temperature: float = 0.5
     """T of Eq. (8): factor on the noise when acting (0.5: CleanDiffuser; 1: author's code base)"""
     acting_policy: Literal["ema", "online"] = "ema"
@@ -143,15 +145,15 @@ class Args:
     target_policy: Literal["ema", "online"] = "online"
     """which policy proposes a' in Eq. (6): ema is the paper's text, online the author's code base"""
     ema_rate: float = 0.005
-    """every 5 steps the moving average of the policy moves this far towards the policy"""
+    """every 5 steps the moving average of the policy moves by this fraction of the distance to the policy"""
     ema_start: int = 1000
-    """gradient steps before the moving average of the policy begins to move"""
+    """gradient steps before the moving average begins to move; until then it is the initial network"""
     max_q_backup: bool = False
     """Eq. (6) with the best of ten actions for each critic (the paper: AntMaze only) instead of a single action"""
     eta: float = 0.1
     """weight of the Q term in Eq. (7): smaller stays closer to the data (the paper's grid: .001, .01, .1, .3, .5)"""
     flow_ratio: float = 0.5
-    """fraction of the batch with r = t, Eq. (5); 1 is plain flow matching"""
+    """fraction of the batch with r = t, Eq. (5), the paper's lambda; 1 is plain flow matching"""
     time_sampling: Literal["logit-normal", "uniform"] = "logit-normal"
     """distribution of the two times before they are sorted, Eq. (5); the paper compares the two"""
     learning_rate: float = 3e-4
@@ -164,7 +166,7 @@ class Args:
     """gradient-norm clip, for the policy and the critic apart; None is none (official diffusion Q-learning: 1..10)"""
 
 
-RANGES = {  # least and largest value of a flag; other whole numbers are 1 to a billion, other numbers 1e-12 to 1e9
+RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
     **dict.fromkeys(("gamma", "tau", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)),
     **dict.fromkeys(("reward_shift", "time_mean"), (-1e9, 1e9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)),
@@ -172,21 +174,22 @@ RANGES = {  # least and largest value of a flag; other whole numbers are 1 to a 
                      "inverse_temperature", "noise_temperature", "utd"), (0, 1e9)),
 }
 # Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names. The
-# inverse temperatures are CleanDiffuser's. The paper publishes no eta per task: these are the sibling method's in the
-# author's code base, snapped to the paper's grid. Rewards and steps are the paper's except for the shift of AntMaze
-# (author's code base; the paper: --reward-scale 4 --reward-shift -2).
+# inverse temperatures are CleanDiffuser's. The paper publishes no eta per task: these are InsQL's in the author's code
+# base, snapped to the paper's grid. The shift of AntMaze is the author's code base's (the paper: --reward-scale 4
+# --reward-shift -2).
 TASKS = {
     # pattern: inverse temperature w, eta, further flags
-    r"antmaze-umaze(-diverse)?-v2": (10, 0.01, dict(reward_shift=-1.0)),  # not in the paper: medium-play's values
+    r"antmaze-umaze(-diverse)?-v2": (10, 0.01, dict(reward_shift=-1.0)),  # not in the paper: medium-play's w, eta
     r"antmaze-medium-play-v2": (10, 0.01, dict(reward_shift=-1.0, max_q_backup=True)),
     r"antmaze-medium-diverse-v2": (5, 0.001, dict(reward_shift=-1.0, max_q_backup=True)),
     r"antmaze-large-play-v2": (5, 0.3, dict(reward_shift=-1.0, max_q_backup=True)),
     r"antmaze-large-diverse-v2": (10, 0.3, dict(reward_shift=-1.0, max_q_backup=True)),
-    r"kitchen-(partial|mixed)-v0": (3, 0.01, dict()),
-    r"pen-(human|cloned)-v1": (50, 0.1, dict(reward_normalization="standardize")),  # all official diffusion Q-learning
+    r"kitchen-(complete|partial|mixed)-v0": (3, 0.01, dict()),  # eta: official diffusion Q-learning's .005, snapped
+    # reward and eta (human: .15) as official diffusion Q-learning; w ours
+    r"pen-(human|cloned)-v1": (50, 0.1, dict(reward_normalization="standardize")),
 }
 BUNDLED = "meanflow/hopper/medium-replay-v0"
-# The code base's target network and schedule, the rest ours, found on Hopper data (benchmark/results).
+# Target network, schedule and noise temperature are the author's code base's, the rest ours (benchmark/results).
 LOCOMOTION = dict(gamma=0.995, tau=0.995, target_interval=5, reward_scale=0.1, eta=0.1, inverse_temperature=30.0,
                   noise_temperature=1.0, learning_rate_schedule="cosine")
 
@@ -196,10 +199,10 @@ def task_defaults(env_id):
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
         return dict(LOCOMOTION, offline_steps=20_000, eval_episodes=20, eval_interval=4_000,
                     policy_width=128, critic_width=128, compile=shutil.which("g++") is not None)
-    if re.match(r"([\w.-]+/)?halfcheetah[-/]", env_id):  # never falls: a short horizon and a strong Q term serve
+    if re.match(r"([\w.-]+/)?halfcheetah[-/]", env_id.lower()):  # ours, from one file, which it does not master
         return dict(LOCOMOTION, gamma=0.99, tau=0.01, target_interval=1, eta=2.0, inverse_temperature=1.0,
                     offline_steps=2_000_000)
-    if re.match(r"([\w.-]+/)?(hopper|walker2d|ant)[-/]", env_id):
+    if re.match(r"([\w.-]+/)?(hopper|walker2d|ant)[-/]", env_id.lower()):  # Hopper-v5 as well
         return dict(LOCOMOTION, offline_steps=2_000_000)
     for pattern, (inverse_temperature, eta, more) in TASKS.items():
         if re.fullmatch(pattern, env_id):
@@ -278,8 +281,8 @@ def sample_times(batch_size, args, device):
     if args.time_sampling == "uniform":
         times = torch.rand(2, batch_size, 1, device=device)
     else:
-        times = torch.sigmoid(-0.4 + torch.randn(2, batch_size, 1, device=device))
-    t, r = times.amax(0), times.amin(0)  # Eq. (5): t, r = max, min of two sigmoid(N(-0.4, 1))
+        times = torch.sigmoid(-0.4 + torch.randn(2, batch_size, 1, device=device))  # Eq. (5): sigmoid(N(-0.4, 1))
+    t, r = times.amax(0), times.amin(0)  # Eq. (5): t, r = max, min
     plain = int(args.flow_ratio * batch_size)
     r[:plain] = t[:plain]  # Eq. (5): r = t; the rows are independent, so the first ones are as good as any
     return t, r
@@ -325,7 +328,7 @@ def actor_loss(policy, critic, batch, draws, args):
     actions = one_step_action(policy, batch["observations"], actor_noise)
     q = functional_call(critic, frozen, (batch["observations"], actions))  # (2, B)
     q_i, q_j = torch.where(swap, q.flip(0), q)  # no `if`: a CUDA graph is to draw {i, j} anew at each replay
-    l_q = -q_i.mean() / q_j.detach().abs().mean().clamp(min=1e-6)  # Q may be 0 in the first step
+    l_q = -q_i.mean() / q_j.detach().abs().mean().clamp(min=1e-6)  # Eq. (7): -mean Q_i / sg[mean |Q_j|], never 0 / 0
     l_actor = l_fbc + args.eta * l_q  # Eq. (7): L_FBC - eta mean Q_i / sg[mean |Q_j|]
     return l_actor, dict(mean_flow=l_fbc.detach(), q=l_q.detach(), q_mean=q.detach().mean())
 
@@ -421,9 +424,9 @@ class Agent(nn.Module):
         observations = (observations - self.obs_mean) / self.obs_std
         observations = observations.unsqueeze(1).expand(-1, num_candidates, -1)
         shape = *observations.shape[:2], self.policy.final.out_features
-        noise = torch.randn(shape, device=observations.device, generator=generator)
+        noise = self.args.noise_temperature * torch.randn(shape, device=observations.device, generator=generator)
         policy = self.ema_policy if self.args.acting_policy == "ema" else self.policy
-        candidates = one_step_action(policy, observations, self.args.noise_temperature * noise)  # (B, N, A)
+        candidates = one_step_action(policy, observations, noise)  # Eq. (8): a(T e_i), (B, N, A)
         if num_candidates == 1:
             return candidates[:, 0]
         q = self.target_critic(observations, candidates).amin(0)  # (B, N)
@@ -548,6 +551,8 @@ def prepare(env, data, rows, returns):
         raise BadInput(f"observations and actions have {found} numbers, the environment {env.observation_space.shape} "
                        f"and {box.shape}")
     data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    if not returns:
+        raise BadInput("no episode ends: all terminals and timeouts are 0")
     for key in sorted(data):
         data[key] = np.ascontiguousarray(data[key], dtype=np.float32)
         bad = ~np.isfinite(data[key]) if key != "actions" else ~(np.abs(data[key]) < 1 + 1e-4)
@@ -641,11 +646,12 @@ def parse_args(argv=None):
     Returns the args, the run folder and the checkpoint (None without one).
     """
     given = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)[0]  # a first look
-    name = given.run_name or f"{given.env_id.replace('/', '_')}__{SCRIPT}__{given.seed}"
-    run_dir, checkpoint = pathlib.Path(given.runs_dir).expanduser() / name, None
+    env_name = given.env_id.replace("/", "_").replace(":", "_")
+    run_dir = pathlib.Path(given.runs_dir).expanduser() / (given.run_name or f"{env_name}__{SCRIPT}__{given.seed}")
+    checkpoint = None
     if given.evaluate or given.resume not in (None, "", "auto"):
         run_dir, checkpoint = load(given.evaluate or given.resume)
-    elif (run_dir / "checkpoint.pt").exists():
+    elif (run_dir / "checkpoint.pt").exists() or (run_dir / "done.json").exists():
         if given.resume != "auto":
             raise BadInput(f"{run_dir} holds a run: --resume auto continues it, --run-name NAME starts another")
         run_dir, checkpoint = load(run_dir)
@@ -732,7 +738,8 @@ def main(argv=None):
         lock.acquire(timeout=0)  # two processes never write one folder
         packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
         about = dict(args=asdict(args), data=about_data, device=str(device), threads=torch.get_num_threads(),
-                     python=sys.version, versions={name: importlib.metadata.version(name) for name in packages})
+                     python=sys.version, versions={found.name: found.version for found in
+                                                   importlib.metadata.distributions() if found.name in packages})
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
         (run_dir / "done.json").unlink(missing_ok=True)
         log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
@@ -780,7 +787,8 @@ def main(argv=None):
 
     interrupts = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
     stop = evaluated = False  # evaluated: whether the log has this step's rows of eval/
     if checkpoint is not None:
         evaluated = checkpoint["evaluated"]

@@ -508,7 +508,7 @@ def parse_args(argv=None):
     checkpoint = None
     if given.evaluate or given.resume not in (None, "", "auto"):
         run_dir, checkpoint = load(given.evaluate or given.resume)
-    elif (run_dir / "checkpoint.pt").exists():
+    elif (run_dir / "checkpoint.pt").exists() or (run_dir / "done.json").exists():
         if given.resume != "auto":
             raise BadInput(f"{run_dir} holds a run: --resume auto continues it, --run-name NAME starts another")
         run_dir, checkpoint = load(run_dir)
