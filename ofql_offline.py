@@ -6,9 +6,10 @@ CleanDiffuser), here called the author's code base, CleanDiffuser, or the offici
 
 One network u(a_t, r, t; s), the average velocity [10] of a flow between the times r and t, maps Gaussian noise e to an
 action in a single evaluation, a = e - u(e, 0, 1; s). Time t = 0 is the data and t = 1 the noise. The network imitates
-the data by regression on the MeanFlow identity; half of each batch has r = t, which is plain flow matching. The critic's
-gradient goes straight through the one step. The algorithm ends with `Agent`; data, evaluation, checkpoints and the loop
-follow, with the same text in the sibling scripts. The equations, as this file numbers them, with [the paper's numbers]:
+the data by regression on the MeanFlow identity; half of each batch has r = t, which is plain flow matching. The
+critic's gradient goes straight through the one step. The algorithm ends with `Agent`; data, evaluation, checkpoints
+and the loop follow, with the same text in the sibling scripts. The equations, as this file numbers them, with [the
+paper's numbers]:
 
   (1) a_t = (1 - t) a + t e,  v = e - a                              path from the data a to the noise e [8]
   (2) u_tgt = sg[v - (t - r) du/dt],  du/dt = v ∂u/∂a_t + ∂u/∂t      MeanFlow identity, one JVP along (v, 0, 1) [13-15]
