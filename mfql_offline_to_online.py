@@ -174,10 +174,9 @@ class Args:
 
 RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
     **dict.fromkeys(("gamma", "tau", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)),
-    **dict.fromkeys(("reward_shift", "time_mean"), (-1e9, 1e9)), "seed": (0, 2**63 - 1),
-    **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)),
-    **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay", "time_std",
-                     "inverse_temperature", "noise_temperature", "utd"), (0, 1e9)),
+    **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
+    **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
+                     "inverse_temperature", "noise_temperature", "utd"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
 }
 # Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names.
 # The paper's (its Table 7; alpha weighs against unnormalised Q) and ours for what the paper does not cover.
@@ -328,7 +327,7 @@ def sample_time(batch_size, time_steps, device):
 
 def mean_flow_output_and_target(policy, observations, actions, noise, t):
     """The network's output at (s, z_t, t) and its stop-gradient regression target, both (B, A)."""
-    z_t, v = (1 - t) * actions + t * noise, noise - actions  # Eq. (1)
+    z_t, v = (1 - t) * actions + t * noise, noise - actions  # Eq. (1): z_t = (1 - t) a + t e, v = e - a
     g, dg_dt = jvp(lambda z, t: policy(observations, z, t), (z_t, t), (v, torch.ones_like(t)))
     g_tgt = z_t + (t - 1) * v - t * dg_dt  # Eq. (2): g_tgt = z_t + (t - 1) v - t dg/dt
     return g, g_tgt.detach().clamp(-5, 5)
@@ -352,7 +351,7 @@ def best_of_n(policy, target_critic, observations, noise, args):
     Returns the actions (B, A) and their target values (B,).
     """
     observations = observations.unsqueeze(1).expand(-1, noise.shape[1], -1)
-    candidates = one_step_action(policy, observations, noise).clamp(-1, 1)  # (B, N, A), Eq. (4)
+    candidates = one_step_action(policy, observations, noise).clamp(-1, 1)  # Eq. (4): clip(g(s, e, 1), -1, 1)
     q = target_critic(observations, candidates)  # (2, B, N)
     q = q.mean(0) if args.q_aggregation == "mean" else q.amin(0)
     q_best, index = q.max(1)  # Eq. (5): argmax_i Q'(s, a(e_i))
@@ -586,8 +585,9 @@ def blame(what):
     try:
         yield
     except Exception as error:
-        # the first sentence: torch's second one advises to run what a file says
-        text = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}".split(". ")[0]
+        # the first sentence of two lines: torch's second one advises to run what a file says
+        first = "\n".join(f"{type(error).__name__}: {error}".splitlines()[:2]).split(". ")[0]
+        text = str(error) if isinstance(error, BadInput) else first
         hint = f" (pip install {error.name} mujoco==3.11.0)" if isinstance(error, ImportError) and error.name else ""
         raise BadInput(f"{what}: {text}{hint}") from error
 
@@ -662,6 +662,8 @@ def load_minari(env_id, folder):
             observations = np.concatenate([observations[key] for key in space], axis=1)
         columns.append((observations[:-1], episode.actions, episode.rewards, 1.0 - episode.terminations,
                         observations[1:]))
+        if len(set(map(len, columns[-1]))) > 1:
+            raise BadInput(f"{env_id}: the arrays of episode {episode.id} differ in length")
     keys = "observations", "actions", "rewards", "masks", "next_observations"
     data = {key: np.concatenate(column) for key, column in zip(keys, zip(*columns))}
     return task, data, np.arange(len(data["rewards"])), [column[2].sum() for column in columns]
@@ -687,8 +689,8 @@ def prepare(env, data, rows, returns):
         raise BadInput(f"observations and actions have {found} numbers, the environment {env.observation_space.shape} "
                        f"and {box.shape}")
     data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
-    if not returns:
-        raise BadInput("no episode ends: all terminals and timeouts are 0")
+    if not returns or len(rows) == 0:
+        raise BadInput("no transition, or no episode ends: all terminals and timeouts are 0")
     for key in sorted(data):
         data[key] = np.ascontiguousarray(data[key], dtype=np.float32)
         bad = ~np.isfinite(data[key]) if key != "actions" else ~(np.abs(data[key]) < 1 + 1e-4)

@@ -169,10 +169,9 @@ class Args:
 
 RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
     **dict.fromkeys(("gamma", "tau", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)),
-    **dict.fromkeys(("reward_shift", "time_mean"), (-1e9, 1e9)), "seed": (0, 2**63 - 1),
-    **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)),
-    **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay", "time_std",
-                     "inverse_temperature", "noise_temperature", "utd"), (0, 1e9)),
+    **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
+    **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
+                     "inverse_temperature", "noise_temperature", "utd"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
 }
 # Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names. The
 # inverse temperatures are CleanDiffuser's. The paper publishes no eta per task: these are InsQL's in the author's code
@@ -451,8 +450,9 @@ def blame(what):
     try:
         yield
     except Exception as error:
-        # the first sentence: torch's second one advises to run what a file says
-        text = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}".split(". ")[0]
+        # the first sentence of two lines: torch's second one advises to run what a file says
+        first = "\n".join(f"{type(error).__name__}: {error}".splitlines()[:2]).split(". ")[0]
+        text = str(error) if isinstance(error, BadInput) else first
         hint = f" (pip install {error.name} mujoco==3.11.0)" if isinstance(error, ImportError) and error.name else ""
         raise BadInput(f"{what}: {text}{hint}") from error
 
@@ -527,6 +527,8 @@ def load_minari(env_id, folder):
             observations = np.concatenate([observations[key] for key in space], axis=1)
         columns.append((observations[:-1], episode.actions, episode.rewards, 1.0 - episode.terminations,
                         observations[1:]))
+        if len(set(map(len, columns[-1]))) > 1:
+            raise BadInput(f"{env_id}: the arrays of episode {episode.id} differ in length")
     keys = "observations", "actions", "rewards", "masks", "next_observations"
     data = {key: np.concatenate(column) for key, column in zip(keys, zip(*columns))}
     return task, data, np.arange(len(data["rewards"])), [column[2].sum() for column in columns]
@@ -552,8 +554,8 @@ def prepare(env, data, rows, returns):
         raise BadInput(f"observations and actions have {found} numbers, the environment {env.observation_space.shape} "
                        f"and {box.shape}")
     data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
-    if not returns:
-        raise BadInput("no episode ends: all terminals and timeouts are 0")
+    if not returns or len(rows) == 0:
+        raise BadInput("no transition, or no episode ends: all terminals and timeouts are 0")
     for key in sorted(data):
         data[key] = np.ascontiguousarray(data[key], dtype=np.float32)
         bad = ~np.isfinite(data[key]) if key != "actions" else ~(np.abs(data[key]) < 1 + 1e-4)
