@@ -168,10 +168,11 @@ class Args:
 
 
 RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
-    **dict.fromkeys(("gamma", "tau", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)),
+    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
-                     "inverse_temperature", "noise_temperature", "utd"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
+                     "inverse_temperature", "noise_temperature"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
+    "utd": (1e-6, 1000),
 }
 # Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names. The
 # inverse temperatures are CleanDiffuser's. The paper publishes no eta per task: these are InsQL's in the author's code

@@ -157,11 +157,11 @@ class Args:
 
 
 RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
-    **dict.fromkeys(("gamma", "tau", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)),
-    **dict.fromkeys(("reward_shift", "time_mean"), (-1e9, 1e9)), "seed": (0, 2**63 - 1),
-    **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)),
-    **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay", "time_std",
-                     "inverse_temperature", "noise_temperature", "utd"), (0, 1e9)),
+    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
+    **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
+    **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
+                     "inverse_temperature", "noise_temperature"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
+    "utd": (1e-6, 1000),
 }
 
 
@@ -408,8 +408,9 @@ def blame(what):
     try:
         yield
     except Exception as error:
-        # the first sentence: torch's second one advises to run what a file says
-        text = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}".split(". ")[0]
+        # the first sentence of two lines: torch's second one advises to run what a file says
+        first = "\n".join(f"{type(error).__name__}: {error}".splitlines()[:2]).split(". ")[0]
+        text = str(error) if isinstance(error, BadInput) else first
         hint = f" (pip install {error.name} mujoco==3.11.0)" if isinstance(error, ImportError) and error.name else ""
         raise BadInput(f"{what}: {text}{hint}") from error
 
