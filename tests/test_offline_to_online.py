@@ -68,7 +68,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_leftovers():
     """main() installs signal handlers and makes torch deterministic: put both back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(deterministic)
@@ -98,11 +98,28 @@ def assert_equal(one, other):
     """Same networks, same optimisers, same online transitions."""
     one, other = checkpoint(one), checkpoint(other)
     assert all(torch.equal(value, other["agent"][key]) for key, value in one["agent"].items())
-    for name in ("actor_optimizer", "critic_optimizer"):
-        for index, state in one["training"][name]["state"].items():
-            assert all(torch.equal(state[key], other["training"][name]["state"][index][key]) for key in state)
-    for key, value in one.get("online", {}).items():
-        assert torch.equal(value, other["online"][key])
+    for ours, theirs in zip(one["optimizers"], other["optimizers"], strict=True):
+        for index, state in ours["state"].items():
+            assert all(torch.equal(state[key], theirs["state"][index][key]) for key in state)
+    for key, value in one.get("online", {}).get("transitions", {}).items():
+        assert torch.equal(value, other["online"]["transitions"][key])
+
+
+def after_each_step(monkeypatch, act):
+    """Calls act(step) after each offline gradient step and after each step of the environment."""
+    def update(agent, batch, original=m.Agent.update):
+        parts = original(agent, batch)
+        if agent.updates <= OFFLINE:
+            act(int(agent.updates))
+        return parts
+
+    def step(online, policy, original=m.Online.step):
+        metrics = original(online, policy)
+        act(OFFLINE + online.steps)
+        return metrics
+
+    monkeypatch.setattr(m.Agent, "update", update)
+    monkeypatch.setattr(m.Online, "step", step)
 
 
 # ---------------------------------------------------------------- replay
@@ -151,8 +168,8 @@ def test_online_transitions_are_what_happened(data, tmp_path):
         mean, std = file["observations"][:ROWS].mean(0), file["observations"][:ROWS].std(0)
     np.testing.assert_allclose(state["agent"]["obs_mean"], mean, rtol=1e-5)  # 30 steps later
     np.testing.assert_allclose(state["agent"]["obs_std"], std, rtol=1e-5)
-    online = {key: value.numpy() for key, value in state["online"].items()}
-    assert state["online_rows"].tolist() == list(range(ROWS, ROWS + 30))
+    online = {key: value.numpy() for key, value in state["online"]["transitions"].items()}
+    assert state["online"]["rows"].tolist() == list(range(ROWS, ROWS + 30))
     observations, following = (online[key] * std + mean for key in ("observations", "next_observations"))
     time, length = observations[:, 0].round(), observations[:, 1].round()
     np.testing.assert_allclose(following[:, 0], time + 1, atol=1e-4)  # the last of an episode too
@@ -181,39 +198,45 @@ def test_one_axis_and_marks_of_the_change(data, tmp_path):
 @pytest.mark.parametrize("utd, updates", [("0.5", 15), ("1", 30), ("2", 60)])
 def test_utd(data, tmp_path, utd, updates):
     run = train(m, data, tmp_path, *ONLINE, "--utd", utd)
-    assert checkpoint(run)["training"]["updates"] == OFFLINE + updates
+    assert checkpoint(run)["agent"]["updates"] == OFFLINE + updates
 
 
 def test_full_buffer(data, tmp_path):
     """The checkpoint holds the newest transitions only, as many as the ring has room for."""
     run = train(m, data, tmp_path / "small", *ONLINE, "--buffer-size", str(ROWS + 7), "--balanced-sampling")
-    rows = checkpoint(run)["online_rows"].tolist()
+    rows = checkpoint(run)["online"]["rows"].tolist()
     assert rows == list(range(ROWS, ROWS + 7))
     with pytest.raises(m.BadInput, match="--buffer-size above the data's 400"):
         train(m, data, tmp_path / "none", *ONLINE, "--buffer-size", "100", "--balanced-sampling")
 
 
 # ---------------------------------------------------------------- schedules
-def test_actor_learning_rate_online():
-    """Constant: a tenth of the peak, or the flag's."""
-    args = m.Args(offline_steps=100, actor_learning_rate=1e-4)
-    rate = lambda step: m.actor_learning_rate(torch.tensor(step), args).item()
-    assert rate(100) == rate(900) == pytest.approx(1e-5)
-    args.online_actor_learning_rate = 3e-4
-    assert rate(100) == rate(900) == pytest.approx(3e-4) and rate(99) == pytest.approx(1e-5, rel=0.1)
+BATCH = dict(observations=torch.zeros(4, 3), actions=torch.zeros(4, 2), rewards=torch.zeros(4), masks=torch.ones(4),
+             next_observations=torch.zeros(4, 3))
+SIZES = dict(offline_steps=100, policy_width=8, policy_depth=1, critic_width=8, critic_depth=1)
+
+
+def charts(agent, step):
+    """What the log shows after gradient step number `step`."""
+    agent.updates.fill_(step - 1)
+    agent.update(BATCH)
+    return agent.charts()
+
+
+@pytest.mark.parametrize("flag, rate", [(None, 1e-5), (3e-4, 3e-4)])
+def test_actor_learning_rate_online(flag, rate):
+    """Constant: a tenth of the peak, or the flag's; offline it decays to that tenth whatever the flag says."""
+    agent = m.Agent(3, 2, m.Args(**SIZES, online_actor_learning_rate=flag), torch.device("cpu"))
+    assert charts(agent, 100)["charts/actor_learning_rate"] == pytest.approx(1e-5, rel=0.1)
+    for step in (101, 102, 900):
+        assert charts(agent, step)["charts/actor_learning_rate"] == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_online_alpha_moves_on_a_straight_line(steps):
-    args = m.Args(offline_steps=100, alpha=10.0, online_alpha=2.0, online_alpha_steps=steps, policy_width=8,
-                  policy_depth=1, critic_width=8, critic_depth=1)
-    agent, values = m.Agent(3, 2, args, torch.device("cpu")), []
-    agent.updates.fill_(99)
-    batch = dict(observations=torch.zeros(4, 3), actions=torch.zeros(4, 2), rewards=torch.zeros(4),
-                 masks=torch.ones(4), next_observations=torch.zeros(4, 3))
-    for _ in range(7):
-        agent.update(batch)
-        values.append(agent.alpha.item())
+    args = m.Args(**SIZES, alpha=10.0, online_alpha=2.0, online_alpha_steps=steps)
+    agent = m.Agent(3, 2, args, torch.device("cpu"))
+    values = [charts(agent, step)["charts/alpha"] for step in range(100, 107)]
     assert values[0] == 10, "the last offline step"
     assert values[1:] == pytest.approx([max(10 - 8 * k / steps, 2) for k in range(1, 7)])
 
@@ -224,15 +247,14 @@ def test_online_alpha_moves_on_a_straight_line(steps):
 def test_interrupted_runs_continue_bit_for_bit(data, tmp_path, monkeypatch, stops, more):
     """SIGTERM before, at and after the change, in the middle of episodes, also with a ring that has wrapped."""
     whole = train(m, data, tmp_path / "whole", *ONLINE, *more)
-    update, seen = m.Agent.update, set()
+    seen = set()
 
-    def interrupted(agent, batch):
-        if agent.step + 1 in stops and agent.step not in seen:
-            seen.add(agent.step)
+    def interrupt(step):
+        if step in stops and step not in seen:
+            seen.add(step)
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(agent, batch)
 
-    monkeypatch.setattr(m.Agent, "update", interrupted)
+    after_each_step(monkeypatch, interrupt)
     run = train(m, data, tmp_path / "cut", *ONLINE, *more, code=130)
     while (code := m.main(["--resume", str(run)])) != 0:
         assert code == 130
@@ -244,16 +266,14 @@ def test_interrupted_runs_continue_bit_for_bit(data, tmp_path, monkeypatch, stop
 def test_killed_between_checkpoints(data, tmp_path, monkeypatch):
     """Nothing is saved at the moment of death: the run falls back on its last checkpoint, rows included."""
     whole = train(m, data, tmp_path / "whole", *ONLINE)
-    update = m.Agent.update
 
-    def dies(agent, batch):
-        if agent.step == 33:
-            raise KeyboardInterrupt  # not caught by main, as SIGKILL
-        return update(agent, batch)
+    def die(step):
+        if step == 34:
+            raise SystemExit  # not caught by main, as SIGKILL
 
     with monkeypatch.context() as patch:
-        patch.setattr(m.Agent, "update", dies)
-        with pytest.raises(KeyboardInterrupt):
+        after_each_step(patch, die)
+        with pytest.raises(SystemExit):
             train(m, data, tmp_path / "cut", *ONLINE)
     run, = (tmp_path / "cut").iterdir()
     assert checkpoint(run)["step"] == 30
@@ -265,7 +285,7 @@ def test_killed_between_checkpoints(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag", [["--seed", "2"], ["--buffer-size", "500"], ["--balanced-sampling"],
                                   ["--offline-steps", "20"], ["--env-id", "Pendulum-v1"],
                                   ["--reward-scale", "0.5"], ["--reward-shift", "1"],
-                                  ["--reward-normalization", "standardize"], ["--observation-normalization", "none"]])
+                                  ["--observation-normalization", "none"], ["--utd", "2"]])
 def test_what_cannot_change_in_a_resumed_run(data, tmp_path, flag):
     """Refused before the run folder is touched."""
     run = train(m, data, tmp_path, *ONLINE)
@@ -309,18 +329,17 @@ def test_from_checkpoint_with_another_seed(data, tmp_path):
         flags = ["--from-checkpoint", str(offline), "--online-steps", "1", "--seed", seed, "--alpha", "7"]
         assert m.main([*flags, "--runs-dir", str(tmp_path / seed)]) == 0
     one, two = (checkpoint(next((tmp_path / seed).iterdir())) for seed in ("1", "2"))
-    assert not torch.equal(one["random"]["cpu"], two["random"]["cpu"])
-    assert one["agent"]["alpha"] == 7
+    assert not torch.equal(one["random_cpu"], two["random_cpu"])
+    assert one["args"]["alpha"] == two["args"]["alpha"] == 7
 
 
 @pytest.mark.parametrize("more, reason", [
     (["--env-id", "Pendulum-v1"], "env-id"),
     (["--critic-width", "24"], "does not fit"),
     (["--observation-normalization", "none"], "observation-normalization"),
-    (["--policy-form", "meanflow"], "policy-form"),
     (["--reward-scale", "0.5"], "reward-scale"),
-    (["--utd", "inf"], "finite"),
-    (["--offline-steps", "20"], "leave out --offline-steps"),
+    (["--utd", "inf"], "--utd"),
+    (["--offline-steps", "20"], "--offline-steps cannot change"),
     (["--resume", "RUN"], "excludes"),
 ])
 def test_checkpoints_that_do_not_fit(data, tmp_path, more, reason):
@@ -342,7 +361,7 @@ def test_videos_are_named_after_the_steps_of_the_log(data, tmp_path):
 
 def test_from_checkpoint_wants_a_whole_checkpoint_of_mfql_offline(data, tmp_path):
     offline, own = train(mfql_offline, data, tmp_path / "offline"), train(m, data, tmp_path / "own", *ONLINE)
-    with pytest.raises(m.BadInput, match="cannot be trained on"):
+    with pytest.raises(m.BadInput, match="policy.pt, only to be evaluated"):
         m.main(["--from-checkpoint", str(offline / "policy.pt"), "--runs-dir", str(tmp_path / "none")])
     with pytest.raises(m.BadInput, match="of mfql_offline_to_online, not of mfql_offline"):
         m.main(["--from-checkpoint", str(own), "--runs-dir", str(tmp_path / "none")])
