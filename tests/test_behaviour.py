@@ -301,7 +301,7 @@ def test_an_existing_run_is_not_written_over(m, data, run):
     assert_refused(m, argv, run, match=f"{run} holds a run: --resume auto .* --run-name")
     assert m.parse_args([*argv, "--run-name", "other"])[1:] == (run.with_name("other"), None)
     assert m.parse_args([*argv, "--seed", "2"])[1:] == (run.with_name(f"Short-v0__{m.SCRIPT}__2"), None)
-    assert m.parse_args(["--env-id", "a/b-v0"])[1] == pathlib.Path("runs") / f"a_b-v0__{m.SCRIPT}__1"
+    assert m.parse_args(["--env-id", "a.b:c/d-v0"])[1] == pathlib.Path("runs") / f"a.b_c_d-v0__{m.SCRIPT}__1"
 
 
 def test_resume_auto_starts_continues_and_leaves_alone(m, data, baseline, tmp_path, monkeypatch):
@@ -627,6 +627,13 @@ def test_interrupted_and_resumed(m, data, baseline, tmp_path, monkeypatch, capfd
     assert_same_run(run, baseline)
 
 
+def test_a_signal_that_the_parent_ignores(m, data, baseline, tmp_path, monkeypatch):
+    """As SIGHUP under nohup, which is there to let a run go on."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with at_step(monkeypatch, m, "update", 13, lambda: os.kill(os.getpid(), signal.SIGHUP)):
+        assert_same_run(train(m, data, tmp_path), baseline)
+
+
 def test_interrupted_again_before_the_next_row(m, data, baseline, tmp_path, monkeypatch):
     """Rows that a killed process wrote after its checkpoint are dropped on resuming; an interruption right after that
     must remember the shortened file, not the long one."""
@@ -889,7 +896,7 @@ def test_replayed_updates_equal_eager_ones(m, data, tmp_path, monkeypatch):
     whole = train(m, data, tmp_path / "eager", *more)
     assert_same_run(train(graphs, data, tmp_path / "graphs", *more), whole)
     expected = {"mfql_offline": {("update", 2): 10}, "ofql_offline": {("update", 2): 10},
-                "mfql_offline_to_online": {("update", 2): 6, ("update", 1): 13, ("act", 1): 6},
+                "mfql_offline_to_online": {("update", 2): 6, ("update", 1): 12, ("act", 1): 6},
                 "som_online": {("update", 1): 44, ("act", 1): 22}}
     assert counts == expected[m.SCRIPT]
 
