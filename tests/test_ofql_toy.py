@@ -25,6 +25,8 @@ TOYS = {  # anchors, how many of them make a mode, norm and distance within whic
     "spirals": (torch.cat([ARM, -ARM]), 50, 2, 0.1),
 }
 LEAST_NEAR = {"board": 0.53, "spirals": 0.43}
+each_toy = pytest.mark.parametrize("toy", [  # on one worker each, so that no network is trained twice
+    pytest.param(toy, marks=pytest.mark.xdist_group(f"ofql-{toy}")) for toy in TOYS])
 
 
 def draw(toy, count):
@@ -83,7 +85,7 @@ def euler_samples(policy, steps):
     return samples
 
 
-@pytest.mark.parametrize("toy", TOYS)
+@each_toy
 def test_the_data_pass_the_check_and_a_gaussian_like_them_does_not(toy):
     torch.manual_seed(0)
     data = draw(toy, 4000)
@@ -93,17 +95,17 @@ def test_the_data_pass_the_check_and_a_gaussian_like_them_does_not(toy):
     assert coverage(toy, gaussian)[0] < LEAST_NEAR[toy] - 0.08
 
 
-@pytest.mark.parametrize("toy", TOYS)
+@each_toy
 def test_one_step_covers_every_mode_at_flow_ratio_one_half(toy):
     assert passes(toy, one_step_samples(train(toy, 0.5)))
 
 
-@pytest.mark.parametrize("toy", TOYS)
+@each_toy
 def test_one_step_does_not_at_flow_ratio_one(toy):
     assert not passes(toy, one_step_samples(train(toy, 1.0)))
 
 
-@pytest.mark.parametrize("toy", TOYS)
+@each_toy
 def test_flow_ratio_one_learns_a_flow_that_needs_many_steps(toy):
     """So its failure is that of the one step: forty steps of the same network pass, and one gives the mean."""
     policy = train(toy, 1.0)
