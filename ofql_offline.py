@@ -687,7 +687,7 @@ def main(argv=None):
         print("no CUDA device: running on the CPU", file=sys.stderr)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # what a graph captures may not have begun on the default stream
-    with blame(f"--dataset-path {args.dataset_path}" if args.dataset_path else f"--env-id {args.env_id}"):
+    with blame(f"--env-id {args.env_id}, --dataset-path {args.dataset_path}"):
         path = args.dataset_path and pathlib.Path(args.dataset_path).expanduser()
         loader = load_hdf5 if "/" not in args.env_id or str(path).endswith((".hdf5", ".h5")) else load_minari
         task, *data = [checkpoint["task"]] if args.evaluate else loader(args.env_id, path)

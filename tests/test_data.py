@@ -362,7 +362,7 @@ def test_no_network(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(m.BadInput, match="--env-id hopper-medium-v2: OSError: no route to host"):
+    with pytest.raises(m.BadInput, match="--env-id hopper-medium-v2, --dataset-path None: OSError: no route to host"):
         m.main([*SMALL, "--env-id", "hopper-medium-v2", "--runs-dir", str(tmp_path / "runs")])
     assert not files(tmp_path)
 
