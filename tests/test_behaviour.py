@@ -311,9 +311,12 @@ def test_resume_auto_starts_continues_and_leaves_alone(m, data, baseline, tmp_pa
         assert m.main(argv) == 130
     run, = tmp_path.iterdir()
     assert run.name == baseline.name and result(run)["step"] == 13 * STRIDE[m.SCRIPT]
-    for _ in range(2):  # the second time it is over
+    with at_step(monkeypatch, m, "update", 5, lambda: pytest.fail("begun anew")):
         assert m.main(argv) == 0
-        assert_same_run(run, baseline)
+        logged = (run / "metrics.jsonl").read_bytes()
+        assert m.main(argv) == 0  # it is over
+    assert_same_run(run, baseline)
+    assert (run / "metrics.jsonl").read_bytes() == logged
     assert list(tmp_path.iterdir()) == [run]
 
 
