@@ -150,7 +150,8 @@ def column(rng, group, key):
         short=old[:-1], long=np.concatenate([old, old[-1:]]), scalar=np.float32(0), void=np.zeros(n, "V4"),
         compound=np.zeros(n, [("a", "f4")]), inf=np.full(old.shape, np.inf), missing=None, group=None, vlen=None,
         reference=np.array([group[key].ref] * n, h5py.ref_dtype), huge=None, same=old.astype(np.float64))
-    what = rng.choice([name for name in values if name not in ("half", "two") or old.dtype == bool])
+    what = rng.choice([name for name in values if not (  # other rewards are no damage; float64 rounds otherwise
+        name in ("half", "two") and old.dtype != bool or name == "same" and key in ("actions", "rewards"))])
     del group[key]
     if what == "group":
         group.create_group(key)
@@ -258,7 +259,7 @@ def make_flags(rng, m, campaign, folder):
     value = rng.choice(NUMBERS if number else TEXTS)
     size = 0.0 if not number else float("nan") if value in ("x", "²") else float(value)
     fatal = value == "" or not abs(size) < 1e10 or size < 0 and name != "reward_shift"
-    fatal = fatal or name in FRACTIONS and size > 1
+    fatal = (fatal or name in FRACTIONS and size > 1) and not (name == "seed" and 0 <= size < 2**63)
     argv = [*campaign.argv(m, folder, campaign.folder / "data.hdf5"), f"--{name.replace('_', '-')}={value}"]
     return argv[-1], argv, True, fatal
 
@@ -341,7 +342,7 @@ class Campaign:
         whole = self.undisturbed(m, "minari" if kind == "minari" else "hdf5")
         what, argv, hidden, fatal = make(rng, m, self, folder)
         code, out, err = live(m, argv, folder, self.options.timeout)
-        note = r"no CUDA device|\d+%\||^[│╭╰]|^\s*\d*step \["  # and progress bars and tyro's boxes
+        note = r"no CUDA device|^AdroitHand|\d+%\||^[│╭╰]|^\s*\d*step \["  # and progress bars and tyro's boxes
         said = [line for line in re.split("[\r\n]", err) if line.strip() and not re.search(note, line)]
         found = []
         if code == 0 and "--evaluate" in argv:
