@@ -155,7 +155,9 @@ RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
                      "inverse_temperature", "noise_temperature"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
-    "utd": (1e-6, 1000),
+    "utd": (1e-6, 1000), "batch_size": (1, 10**6), "policy_depth": (1, 1000), "critic_depth": (1, 1000),
+    **dict.fromkeys(("eval_episodes", "num_envs", "policy_width", "critic_width", "num_candidates", "num_proposals",
+                     "num_candidates_eval", "num_candidates_target"), (1, 10_000)),
 }
 # Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names.
 # The paper's (its Table 7; alpha weighs against unnormalised Q) and ours for what the paper does not cover.
@@ -540,10 +542,15 @@ def load_minari(env_id, folder):
                 kwargs={**spec["kwargs"], "max_episode_steps": spec["max_episode_steps"]},
                 reference=None if None in reference else tuple(map(float, reference)))
     space, columns = gym.make(task["env_id"], **task["kwargs"]).observation_space, []
+
+    def flat(space, values):
+        """(T + 1, O), the entries of dictionaries in the order of FlattenObservation."""
+        if isinstance(space, gym.spaces.Dict):
+            return np.concatenate([flat(part, values[key]) for key, part in space.items()], axis=1)
+        return values
+
     for episode in dataset.iterate_episodes():
-        observations = episode.observations
-        if isinstance(space, gym.spaces.Dict):  # the entries in the order of FlattenObservation
-            observations = np.concatenate([observations[key] for key in space], axis=1)
+        observations = flat(space, episode.observations)
         columns.append((observations[:-1], episode.actions, episode.rewards, 1.0 - episode.terminations,
                         observations[1:]))
         if len(set(map(len, columns[-1]))) > 1:
@@ -568,6 +575,11 @@ def prepare(env, data, rows, returns):
     1 - termination: a time limit never stops bootstrapping.
     """
     box, digest = env.env.action_space, hashlib.sha256()
+    for key, column in data.items():
+        if column.dtype.kind not in "biuf" or key in ("rewards", "masks") and column.ndim != 1:
+            raise BadInput(f"{key} must be numbers, one row for each step, not {column.dtype} of shape {column.shape}")
+    if not np.isin(data["masks"], (0, 1)).all():
+        raise BadInput("terminations must be 0 or 1")
     found = data["observations"].shape[1:] + data["actions"].shape[1:]
     if found != env.observation_space.shape + box.shape:
         raise BadInput(f"observations and actions have {found} numbers, the environment {env.observation_space.shape} "
@@ -709,6 +721,9 @@ def main(argv=None):
         path = args.dataset_path and pathlib.Path(args.dataset_path).expanduser()
         loader = load_hdf5 if "/" not in args.env_id or str(path).endswith((".hdf5", ".h5")) else load_minari
         task, *data = [checkpoint["task"]] if args.evaluate else loader(args.env_id, path)
+        low, high = task["reference"] or (0, 1)
+        if not -math.inf < low < high < math.inf:
+            raise BadInput(f"ref_min_score {low} must lie below ref_max_score {high}, both finite")
         module = task["env_id"].rpartition(":")[0]  # Gymnasium imports it
         asked = " ".join(argv or sys.argv).replace("=", " ")  # a folder may be called like the task, so with its flag
         if module not in ("", "data.d4rl_tasks", "gymnasium_robotics") and f"--env-id {task['env_id']}" not in asked:
@@ -728,6 +743,9 @@ def main(argv=None):
             for optimizer, saved in zip(optimizers, () if args.evaluate else checkpoint["optimizers"]):
                 # with this run's groups: learning rates may be given anew, the checkpoint be of another device
                 optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
+                for p, state in optimizer.state.items():
+                    if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                        raise BadInput("an optimizer's state is not of these networks")  # Adam would crash
     candidates = args.num_candidates_eval or args.num_candidates
     video_dir = run_dir / "videos" if args.capture_video else None
     if args.evaluate:
@@ -757,10 +775,8 @@ def main(argv=None):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".lock")
         lock.acquire(timeout=0)  # two processes never write one folder
-        packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
         about = dict(args=asdict(args), data=about_data, device=str(device), threads=torch.get_num_threads(),
-                     python=sys.version, versions={found.name: found.version for found in
-                                                   importlib.metadata.distributions() if found.name in packages})
+                     python=sys.version, versions={p.name: p.version for p in importlib.metadata.distributions()})
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
         (run_dir / "done.json").unlink(missing_ok=True)
         log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)

@@ -161,7 +161,9 @@ RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
                      "inverse_temperature", "noise_temperature"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
-    "utd": (1e-6, 1000),
+    "utd": (1e-6, 1000), "batch_size": (1, 10**6), "policy_depth": (1, 1000), "critic_depth": (1, 1000),
+    **dict.fromkeys(("eval_episodes", "num_envs", "policy_width", "critic_width", "num_candidates", "num_proposals",
+                     "num_candidates_eval", "num_candidates_target"), (1, 10_000)),
 }
 
 
@@ -565,6 +567,9 @@ def main(argv=None):
             for optimizer, saved in zip(optimizers, () if args.evaluate else checkpoint["optimizers"]):
                 # with this run's groups: learning rates may be given anew, the checkpoint be of another device
                 optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
+                for p, state in optimizer.state.items():
+                    if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                        raise BadInput("an optimizer's state is not of these networks")  # Adam would crash
     candidates = args.num_candidates_eval or args.num_candidates
     video_dir = run_dir / "videos" if args.capture_video else None
     if args.evaluate:
@@ -607,10 +612,8 @@ def main(argv=None):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".lock")
         lock.acquire(timeout=0)  # two processes never write one folder
-        packages = ("torch", "numpy", "gymnasium", "mujoco")
         about = dict(args=asdict(args), device=str(device), threads=torch.get_num_threads(),
-                     python=sys.version, versions={found.name: found.version for found in
-                                                   importlib.metadata.distributions() if found.name in packages})
+                     python=sys.version, versions={p.name: p.version for p in importlib.metadata.distributions()})
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
         (run_dir / "done.json").unlink(missing_ok=True)
         log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)

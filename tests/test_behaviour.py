@@ -776,6 +776,14 @@ def test_checkpoints_that_do_not_fit_are_refused(m, run):
                        match=reason if m.SCRIPT in OFFLINE else "--env-id cannot change")
 
 
+def test_an_optimizer_state_of_another_shape_is_refused(m, run):
+    """Adam's fused kernel does not look and crashes the process."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["optimizers"][1]["state"][0]["exp_avg"] = torch.zeros(1)
+    torch.save(state, run / "checkpoint.pt")
+    assert_refused(m, ["--resume", str(run)], run, match="an optimizer's state is not of these networks")
+
+
 def test_resume_with_another_seed_is_refused(m, run):
     assert_refused(m, ["--resume", str(run), "--seed", "2"], run, match="--seed cannot change")
 

@@ -37,7 +37,7 @@ class ToyEnv(gym.Env):
             "flat": small,
             "goal": spaces.Dict(goal),  # sorted by gymnasium
             "goal_unsorted": spaces.Dict(**goal),  # not sorted by gymnasium, but sorted in a Minari file
-            "nested": spaces.Dict(z=spaces.Dict(b=small, a=entry), a=spaces.Tuple((small, entry))),
+            "nested": spaces.Dict(z=spaces.Dict(b=small, a=entry), a=small),
             "image": spaces.Box(0, 255, (4, 4, 3), np.uint8),
             "text": spaces.Dict(a=small, b=spaces.Sequence(small)),
         }.get(kind, small)
@@ -444,7 +444,7 @@ def minari_folder():
     return pathlib.Path(os.environ["MINARI_DATASETS_PATH"])
 
 
-@pytest.mark.parametrize("kind", ["flat", "goal", "goal_unsorted"])
+@pytest.mark.parametrize("kind", ["flat", "goal", "goal_unsorted", "nested"])
 @pytest.mark.parametrize("where", ["cache", "dataset_path"])
 def test_minari_rows_masks_and_order_of_entries(kind, where, tmp_path):
     """All four rows of every episode of three; the first and third terminate, the second is cut off.
@@ -457,7 +457,7 @@ def test_minari_rows_masks_and_order_of_entries(kind, where, tmp_path):
     task, data, about = load("test/toy-v0", tmp_path / "elsewhere" if where == "dataset_path" else None)
     width = shown.shape[2]
     assert shown.shape[:2] == (3, 5) and m.make_env(task).observation_space.shape == (width,)
-    assert width == {"flat": 2, "goal": 8, "goal_unsorted": 8}[kind]  # nothing dropped, no goal either
+    assert width == {"flat": 2, "goal": 8, "goal_unsorted": 8, "nested": 8}[kind]  # nothing dropped, no goal either
     shown = shown.astype(np.float32)
     np.testing.assert_array_equal(data["observations"], shown[:, :-1].reshape(12, width))
     np.testing.assert_array_equal(data["next_observations"], shown[:, 1:].reshape(12, width))  # true last ones too
@@ -468,11 +468,28 @@ def test_minari_rows_masks_and_order_of_entries(kind, where, tmp_path):
     assert {value.dtype for value in data.values()} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("kind", ["nested", "image"])
-def test_minari_observations_that_are_no_vectors_are_refused(tmp_path, kind):
-    """Rather than flattened in another order than the environment's."""
-    collect("test/toy-v0", kind)
+def test_minari_observations_that_are_no_vectors_are_refused(tmp_path):
+    collect("test/toy-v0", "image")
     assert "test/toy-v0" in refuse(tmp_path, "--env-id", "test/toy-v0")
+
+
+@pytest.mark.parametrize("low, high", [(5.0, 5.0), (6.0, 5.0), (np.nan, 5.0), (0.0, np.inf)])
+def test_reference_returns_that_give_no_score_are_refused(tmp_path, low, high):
+    write_d4rl(tmp_path / "data.hdf5", d4rl_columns(), ref_min_score=low, ref_max_score=high)
+    message = refuse(tmp_path, "--env-id", "Pendulum-v1", "--dataset-path", str(tmp_path / "data.hdf5"))
+    assert "must lie below ref_max_score" in message
+
+
+@pytest.mark.parametrize("column, message", [
+    (np.array([0, 0, 2]), "terminations must be 0 or 1"), (np.array([0.0, np.nan, 1]), "terminations must be 0 or 1"),
+    (np.zeros((3, 1)), "masks must be numbers, one row"), (np.zeros(3, complex), "masks must be numbers")])
+def test_masks_that_are_none_are_refused(column, message):
+    """Whatever a Minari data set calls a termination; HDF5 files are checked as they are read."""
+    env = m.make_env(dict(env_id="Pendulum-v1", kwargs={}, reference=None))
+    data = dict(observations=np.zeros((3, 3)), actions=np.zeros((3, 1)), rewards=np.zeros(3), masks=1 - column,
+                next_observations=np.zeros((3, 3)))
+    with pytest.raises(m.BadInput, match=message):
+        m.prepare(env, data, np.arange(3), [0.0])
 
 
 def test_bundled_dataset():

@@ -3,6 +3,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -931,3 +932,12 @@ def test_actions_stay_in_the_box(acting_policy, candidates):
     actions = agent.act(10 * torch.randn(500, OBS), candidates, generator())
     assert actions.shape == (500, ACT) and actions.isfinite().all()
     assert actions.abs().max() == 1
+
+
+def test_reward_normalization():
+    """return_range and standardize, on top of the flags for scale and shift."""
+    rewards, about = np.array([1.0, 2, 6, 7], dtype=np.float32), dict(best=13.0, worst=3.0)
+    for how, scale, shift in (("none", 2, -1), ("return_range", 2 * 1000 / 10, -1),
+                              ("standardize", 2 / rewards.std(), -1 - 2 * 4 / rewards.std())):
+        args = m.Args(reward_normalization=how, reward_scale=2.0, reward_shift=-1.0)
+        assert m.reward_scale_and_shift(args, rewards, about) == pytest.approx((scale, shift))
