@@ -876,7 +876,7 @@ def main(argv=None):
         with blame(f"the checkpoint in {source} does not fit these flags, or is a policy.pt, only to be evaluated"):
             agent.load_state_dict(checkpoint["agent"])
             step = checkpoint["step"]
-            for optimizer, saved in zip(optimizers, () if args.evaluate else checkpoint["optimizers"]):
+            for optimizer, saved in () if args.evaluate else zip(optimizers, checkpoint["optimizers"], strict=True):
                 # with this run's groups: learning rates may be given anew, the checkpoint be of another device
                 optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
                 for p, state in optimizer.state.items():

@@ -782,6 +782,8 @@ def test_an_optimizer_state_of_another_shape_is_refused(m, run):
     state["optimizers"][1]["state"][0]["exp_avg"] = torch.zeros(1)
     torch.save(state, run / "checkpoint.pt")
     assert_refused(m, ["--resume", str(run)], run, match="an optimizer's state is not of these networks")
+    torch.save({**state, "optimizers": []}, run / "checkpoint.pt")  # else Adam would begin anew
+    assert_refused(m, ["--resume", str(run)], run, match="does not fit these flags")
 
 
 def test_resume_with_another_seed_is_refused(m, run):
