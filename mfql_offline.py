@@ -310,7 +310,8 @@ def sample_time(batch_size, time_steps, device):
 def mean_flow_output_and_target(policy, observations, actions, noise, t):
     """The network's output at (s, z_t, t) and its stop-gradient regression target, both (B, A)."""
     z_t, v = (1 - t) * actions + t * noise, noise - actions  # Eq. (1): z_t = (1 - t) a + t e, v = e - a
-    g, dg_dt = jvp(lambda z, t: policy(observations, z, t), (z_t, t), (v, torch.ones_like(t)))
+    g, dg_dt = jvp(lambda z, t: policy(observations, z, t), (z_t, t),
+                   (v, torch.ones_like(t)))  # Eq. (2): dg/dt = v ∂g/∂z + ∂g/∂t
     g_tgt = z_t + (t - 1) * v - t * dg_dt  # Eq. (2): g_tgt = z_t + (t - 1) v - t dg/dt
     return g, g_tgt.detach().clamp(-5, 5)
 
@@ -351,7 +352,7 @@ def critic_loss(policy, critic, target_critic, batch, next_noise, args):
 def actor_loss(policy, critic, observations, noise, args):
     """The first two terms of Eq. (7) and the mean value of the policy's actions: three scalars."""
     g = one_step_action(policy, observations, noise)
-    bound = F.relu(g - 1).mean() + F.relu(-1 - g).mean()  # Eq. (8): L_bound
+    bound = F.relu(g - 1).mean() + F.relu(-1 - g).mean()  # Eq. (8): L_bound = mean relu(g - 1) + mean relu(-1 - g)
     frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
     q = functional_call(critic, frozen, (observations, g.clamp(-1, 1))).mean(0)
     scale = q.detach().abs().mean().clamp(min=1e-6) if args.normalize_q_loss else 1.0  # Q may be 0 in the first step

@@ -413,6 +413,7 @@ def from_run(run, name, datasets_dir):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         args, step = checkpoint["args"], checkpoint["step"]
         replay = {key: value.numpy() for key, value in checkpoint["replay"].items()}
+        gym.logger.min_level = gym.logger.ERROR  # as in make_env
         env, capacity, episodes = gym.make(args["env_id"]), len(replay["rewards"]), []
         for i in range(args["num_envs"]):  # row number is step * num_envs + environment, modulo the buffer's size
             rows = np.arange(max(step - capacity, 0), step)

@@ -304,6 +304,13 @@ def test_an_existing_run_is_not_written_over(m, data, run):
     assert m.parse_args(["--env-id", "a.b:c/d-v0"])[1] == pathlib.Path("runs") / f"a.b_c_d-v0__{m.SCRIPT}__1"
 
 
+def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(m, data, run):
+    """Its checkpoint.pt may have been deleted to save space; its rows must stay."""
+    (run / "checkpoint.pt").unlink()
+    argv = flags(m.SCRIPT, data, run.parent, "--resume", "auto")
+    assert_refused(m, argv, run, match=f"^checkpoint {run}/checkpoint.pt: FileNotFoundError")
+
+
 def test_resume_auto_starts_continues_and_leaves_alone(m, data, baseline, tmp_path, monkeypatch):
     """One command for a job that is put into the queue again: the run ends with the bits of an undisturbed one."""
     argv = flags(m.SCRIPT, data, tmp_path, "--resume auto")
