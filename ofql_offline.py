@@ -31,6 +31,7 @@ code bases. eta per task is unpublished, see `TASKS`. Defaults for locomotion an
 import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -41,9 +42,11 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from typing import Literal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), sys.exit(130)))  # also in the imports
 
 import filelock
 import gymnasium as gym
@@ -519,9 +522,11 @@ def load_minari(env_id, folder):
     # The environment comes from Gymnasium's registry, by its name: the entry point in a file could be any code.
     metadata = dataset.storage.metadata
     spec = json.loads(metadata.get("eval_env_spec") or metadata["env_spec"])
-    reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    reference, limit = (metadata.get("ref_min_score"), metadata.get("ref_max_score")), spec["max_episode_steps"]
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise BadInput(f"max_episode_steps in env_spec of metadata.json must be a whole number or null, not {limit!r}")
     task = dict(env_id=spec["id"] if spec["id"] in gym.registry else f"gymnasium_robotics:{spec['id']}",
-                kwargs={**spec["kwargs"], "max_episode_steps": spec["max_episode_steps"]},
+                kwargs={**spec["kwargs"], "max_episode_steps": limit},
                 reference=None if None in reference else tuple(map(float, reference)))
     space, columns = gym.make(task["env_id"], **task["kwargs"]).observation_space, []
 
@@ -539,6 +544,8 @@ def load_minari(env_id, folder):
             raise BadInput(f"{env_id}: the arrays of episode {episode.id} differ in length")
     keys = "observations", "actions", "rewards", "masks", "next_observations"
     data = {key: np.concatenate(column) for key, column in zip(keys, zip(*columns))}
+    if len(data["rewards"]) != metadata["total_steps"]:
+        raise BadInput(f"{len(data['rewards'])} steps, but {metadata['total_steps']} in metadata.json")
     return task, data, np.arange(len(data["rewards"])), [column[2].sum() for column in columns]
 
 
@@ -550,6 +557,7 @@ def make_env(task, **kwargs):
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # minds what has no bounds
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what comes of that is refused
 def prepare(env, data, rows, returns):
     """The transitions as float32 arrays, and what is to be known of them. `rows`: where they lie in the file.
 
@@ -577,8 +585,10 @@ def prepare(env, data, rows, returns):
             raise BadInput(f"{bad.sum()} {key} are not finite or outside the action box, the first in row {row}")
         digest.update(data[key])
     data["actions"] = data["actions"].clip(-1 + 1e-5, 1 - 1e-5)
+    quarter = np.sort(returns)[3 * len(returns) // 4:]
     return data, dict(sha256=digest.hexdigest(), transitions=len(rows), episodes=len(returns),
-                      mean_return=float(np.mean(returns)), best=float(max(returns)), worst=float(min(returns)))
+                      mean_return=float(np.mean(returns)), best_quarter=float(np.mean(quarter)),
+                      best=float(max(returns)), worst=float(min(returns)))
 
 
 # ---------------------------------------------------------------- replay
@@ -647,10 +657,10 @@ def load(path, script=SCRIPT):
     path = pathlib.Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
     with blame(f"checkpoint {path}"):
-        with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():  # torch does not look at the checksums
-                raise BadInput(f"damaged, the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        contents = path.read_bytes()
+        if hashlib.sha256(contents[:-32]).digest() != contents[-32:]:  # torch would take a damaged file for good
+            raise BadInput("damaged, or not as the script wrote it: its last 32 bytes are not the SHA-256 of the rest")
+        state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
         if state["script"] != script:
             raise BadInput(f"of {state['script']}, not of {script}")
     return path.parent, state
@@ -710,6 +720,8 @@ def main(argv=None):
         asked = " ".join(argv or sys.argv).replace("=", " ")  # a folder may be called like the task, so with its flag
         if module not in ("", "data.d4rl_tasks", "gymnasium_robotics") and f"--env-id {task['env_id']}" not in asked:
             raise BadInput(f"a file asks for the import of {module}; allow it with --env-id {task['env_id']}")
+        if args.capture_video and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's way to render without a screen
         env = make_env(task, **dict(render_mode="rgb_array") if args.capture_video else {})
         if args.capture_video and env.reset() and env.render() is not None:  # fails now rather than after hours
             import moviepy  # noqa: F401
@@ -722,12 +734,9 @@ def main(argv=None):
         with blame(f"the checkpoint in {run_dir} does not fit these flags, or is a policy.pt, only to be evaluated"):
             agent.load_state_dict(checkpoint["agent"])
             step = checkpoint["step"]
-            for optimizer, saved in () if args.evaluate else zip(optimizers, checkpoint["optimizers"], strict=True):
+            for optimizer, saved in () if args.evaluate else zip(optimizers, checkpoint["optimizers"]):
                 # with this run's groups: learning rates may be given anew, the checkpoint be of another device
                 optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
-                for p, state in optimizer.state.items():
-                    if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
-                        raise BadInput("an optimizer's state is not of these networks")  # Adam would crash
     candidates = args.num_candidates
     video_dir = run_dir / "videos" if args.capture_video else None
     if args.evaluate:
@@ -758,8 +767,9 @@ def main(argv=None):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".lock")
         lock.acquire(timeout=0)  # two processes never write one folder
-        about = dict(args=asdict(args), data=about_data, device=str(device), threads=torch.get_num_threads(),
-                     python=sys.version, versions={p.name: p.version for p in importlib.metadata.distributions()})
+        versions = {package.name: package.version for package in importlib.metadata.distributions()}
+        about = dict(args=asdict(args), task=task, data=about_data, device=str(device),
+                     threads=torch.get_num_threads(), python=sys.version, versions=versions)
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
         (run_dir / "done.json").unlink(missing_ok=True)
         log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
@@ -792,8 +802,10 @@ def main(argv=None):
         for path, contents in ((run_dir / "policy.pt", state), (run_dir / "checkpoint.pt", {**state, **more})):
             partial = path.with_suffix(".tmp")
             try:
-                with blame(f"{path} cannot be written, the one before stays"), open(partial, "wb") as file:
+                with blame(f"{path} cannot be written, the one before stays"), open(partial, "w+b") as file:
                     torch.save(contents, file)
+                    file.seek(0)
+                    file.write(hashlib.sha256(file.read()).digest())  # see load
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)
@@ -871,10 +883,9 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     try:
         sys.exit(main())
-    except (BadInput, OSError) as error:  # OSError: a full disk, a vanished folder, a closed pipe
+    except (BadInput, OSError, MemoryError, RuntimeError) as error:  # OSError: full disk, lost folder, closed pipe
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's error for sizes that do not fit
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python minds the closed pipe once more
-        print(f"{SCRIPT}: {' '.join(str(error).split())}", file=sys.stderr)  # one line
+        print(f"{SCRIPT}: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)  # one line
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{SCRIPT}: interrupted", file=sys.stderr)
-        sys.exit(130)

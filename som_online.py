@@ -33,7 +33,9 @@ where the critic is extrapolation. The other has the right target, but no networ
 leaves the score's length alone and raises alpha instead, on the linear path (as in MFPO, arXiv 2604.14698; README).
 """
 import contextlib
+import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -42,9 +44,11 @@ import shutil
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from typing import Literal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), sys.exit(130)))  # also in the imports
 
 import filelock
 import gymnasium as gym
@@ -491,10 +495,10 @@ def load(path, script=SCRIPT):
     path = pathlib.Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
     with blame(f"checkpoint {path}"):
-        with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():  # torch does not look at the checksums
-                raise BadInput(f"damaged, the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        contents = path.read_bytes()
+        if hashlib.sha256(contents[:-32]).digest() != contents[-32:]:  # torch would take a damaged file for good
+            raise BadInput("damaged, or not as the script wrote it: its last 32 bytes are not the SHA-256 of the rest")
+        state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
         if state["script"] != script:
             raise BadInput(f"of {state['script']}, not of {script}")
     return path.parent, state
@@ -553,6 +557,8 @@ def main(argv=None):
         asked = " ".join(argv or sys.argv).replace("=", " ")  # a folder may be called like the task, so with its flag
         if module not in ("", "data.d4rl_tasks", "gymnasium_robotics") and f"--env-id {task['env_id']}" not in asked:
             raise BadInput(f"a file asks for the import of {module}; allow it with --env-id {task['env_id']}")
+        if args.capture_video and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's way to render without a screen
         env = make_env(task, **dict(render_mode="rgb_array") if args.capture_video else {})
         if args.capture_video and env.reset() and env.render() is not None:  # fails now rather than after hours
             import moviepy  # noqa: F401
@@ -564,12 +570,9 @@ def main(argv=None):
         with blame(f"the checkpoint in {run_dir} does not fit these flags, or is a policy.pt, only to be evaluated"):
             agent.load_state_dict(checkpoint["agent"])
             step = checkpoint["step"]
-            for optimizer, saved in () if args.evaluate else zip(optimizers, checkpoint["optimizers"], strict=True):
+            for optimizer, saved in () if args.evaluate else zip(optimizers, checkpoint["optimizers"]):
                 # with this run's groups: learning rates may be given anew, the checkpoint be of another device
                 optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
-                for p, state in optimizer.state.items():
-                    if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
-                        raise BadInput("an optimizer's state is not of these networks")  # Adam would crash
     candidates = args.num_candidates_eval or args.num_candidates
     video_dir = run_dir / "videos" if args.capture_video else None
     if args.evaluate:
@@ -612,8 +615,9 @@ def main(argv=None):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".lock")
         lock.acquire(timeout=0)  # two processes never write one folder
-        about = dict(args=asdict(args), device=str(device), threads=torch.get_num_threads(),
-                     python=sys.version, versions={p.name: p.version for p in importlib.metadata.distributions()})
+        versions = {package.name: package.version for package in importlib.metadata.distributions()}
+        about = dict(args=asdict(args), task=task, device=str(device), threads=torch.get_num_threads(),
+                     python=sys.version, versions=versions)
         (run_dir / "args.json").write_text(json.dumps(about, indent=2))
         (run_dir / "done.json").unlink(missing_ok=True)
         log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
@@ -648,8 +652,10 @@ def main(argv=None):
         for path, contents in ((run_dir / "policy.pt", state), (run_dir / "checkpoint.pt", {**state, **more})):
             partial = path.with_suffix(".tmp")
             try:
-                with blame(f"{path} cannot be written, the one before stays"), open(partial, "wb") as file:
+                with blame(f"{path} cannot be written, the one before stays"), open(partial, "w+b") as file:
                     torch.save(contents, file)
+                    file.seek(0)
+                    file.write(hashlib.sha256(file.read()).digest())  # see load
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)
@@ -764,10 +770,9 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     try:
         sys.exit(main())
-    except (BadInput, OSError) as error:  # OSError: a full disk, a vanished folder, a closed pipe
+    except (BadInput, OSError, MemoryError, RuntimeError) as error:  # OSError: full disk, lost folder, closed pipe
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's error for sizes that do not fit
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python minds the closed pipe once more
-        print(f"{SCRIPT}: {' '.join(str(error).split())}", file=sys.stderr)  # one line
+        print(f"{SCRIPT}: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)  # one line
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{SCRIPT}: interrupted", file=sys.stderr)
-        sys.exit(130)
