@@ -9,10 +9,12 @@ is the normalised score if it has a reference, else success in percent, else the
 made. The pictures need matplotlib (pip install matplotlib).
 """
 import csv
+import itertools
 import json
 import math
 import pathlib
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
@@ -156,9 +158,9 @@ def finals(rows):
 
 
 def strata(found, unit, label, column):
-    """Figures of a method by task, where a mean over tasks makes sense and there are two seeds or more."""
+    """Figures of a method, task by task, where a mean over tasks makes sense and there are three seeds or more."""
     values = ([seed[column] for seed in seeds.values()] for (name, task), seeds in found.items()
-              if name == label and unit[task] != "return" and len(seeds) > 1)
+              if name == label and unit[task] != "return" and len(seeds) > 2)
     return [of_task for of_task in values if not np.isnan(of_task).any()]
 
 
@@ -167,7 +169,8 @@ def spread(values):
     if len(values) == 0 or np.isnan(values).any():
         return "-"
     digits = 0 if max(np.abs(values)) >= 1000 else 1
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    mean = round(np.mean(values), digits) + 0.0  # no "-0.0"
+    return f"{mean:.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
 def table(rows, data=(), plan=None, planned=()):
@@ -203,7 +206,7 @@ def table(rows, data=(), plan=None, planned=()):
 
 
 def overall(runs, found, unit):
-    """Lines of the table over tasks; none if no method has two tasks with two seeds."""
+    """Lines of the table over tasks; none if no method has two tasks with three seeds."""
     def cell(values):
         if len(values) < 2:
             return "-"
@@ -236,11 +239,12 @@ def pictures(rows, data, out, name):
     import matplotlib.pyplot as plt
 
     unit, found = units(rows), finals(rows)
-    labels = dict(zip(dict.fromkeys(row["label"] for row in rows), plt.get_cmap("tab20").colors[::2] * 9))
+    colors = plt.get_cmap("tab20").colors
+    labels = dict(zip(dict.fromkeys(row["label"] for row in rows), itertools.cycle(colors[::2] + colors[1::2])))
     wide = min(3, len(unit))
     high = -(-len(unit) // wide)
-    plot, axes = plt.subplots(high, wide, figsize=(4.2 * wide + 0.6, 3 * high + 0.8), squeeze=False,
-                              layout="constrained")
+    plot, axes = plt.subplots(high, wide, squeeze=False, layout="constrained",
+                              figsize=(3.4 * wide + 1.6, 2.8 * high + 0.2 * -(-len(labels) // wide) + 0.6))
     for axis in axes.flat[len(unit):]:
         axis.remove()
     for axis, task in zip(axes.flat, unit):
@@ -262,10 +266,12 @@ def pictures(rows, data, out, name):
                 value = about.get(f"{key}_{unit[task]}", math.nan)
                 if about["task"] == task and not math.isnan(value):
                     axis.axhline(value, color="gray", linestyle=style, linewidth=1)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axis.set(title=task, xlabel="step", ylabel=unit[task] + ", %" * (unit[task] == "success"))
+    note = ("line: mean of the seeds, band: lowest to highest, diamond: N = 1 at the end; "
+            "gray: the data's mean (dashed) and best quarter (dotted)")
     plot.legend([plt.Line2D([], [], color=color) for color in labels.values()], labels, loc="outside lower center",
-                ncols=3, fontsize=8, title="line: mean of the seeds, band: lowest to highest, diamond: N = 1 at the "
-                "end; gray: the data's mean (dashed) and best quarter (dotted)", title_fontsize=7)
+                ncols=wide, fontsize=8, title=textwrap.fill(note, 60 * wide), title_fontsize=7)
     plot.savefig(out / f"{name}_curves.png", dpi=100)
     plt.close(plot)
     groups = {label: strata(found, unit, label, 1) for label in labels}
