@@ -8,33 +8,30 @@ import pathlib
 import signal
 import sys
 
+import filelock
 import pytest
 import test_behaviour
 import torch
 
 import mfql_offline
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmark" / "baselines"))
-NEEDS = dict(td3_bc="d3rlpy", iql="d3rlpy")
-STEPS = 24
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmark" / "baselines"))
+import common  # noqa: E402
+
+PACKAGES = dict(td3_bc="d3rlpy", iql="d3rlpy", sac="stable_baselines3")
+STEPS = 24  # gradient steps, or steps of two environments
 
 
 class Killed(Exception):
-    """Ends a run in the middle of a step, as SIGKILL does: nothing is saved."""
+    """Ends a run at once, as SIGKILL does: nothing is saved."""
 
 
-@pytest.fixture(params=NEEDS)
+@pytest.fixture(params=PACKAGES)
 def baseline(request):
-    pytest.importorskip(NEEDS[request.param])
-    return importlib.import_module(request.param)
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    """What the baselines change in the process."""
+    """The module, after which the process is as before."""
+    pytest.importorskip(PACKAGES[request.param])
     before = {number: signal.getsignal(number) for number in test_behaviour.SIGNALS}
-    yield
+    yield importlib.import_module(request.param)
     torch.use_deterministic_algorithms(False)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -46,74 +43,105 @@ def data(tmp_path_factory):
     return test_behaviour.write_data(tmp_path_factory.mktemp("data") / "data.hdf5")
 
 
-def flags(data, folder, *more):
-    text = (f"--env-id Short-v0 --no-cuda --batch-size 32 --eval-episodes 2 --hidden-width 16 --offline-steps {STEPS} "
-            "--log-interval 5 --eval-interval 10 --checkpoint-interval 6")
-    return ["--dataset-path", str(data), "--runs-dir", str(folder), *text.split(), *more]
+def stride(baseline):
+    return 2 if baseline.STEM == "sac" else 1
+
+
+def flags(baseline, data, folder, *more):
+    log, evaluation, checkpoint, steps = (stride(baseline) * count for count in (5, 10, 6, STEPS))
+    text = (f"--env-id Short-v0 --no-cuda --batch-size 32 --eval-episodes 2 --hidden-width 16 --log-interval {log} "
+            f"--eval-interval {evaluation} --checkpoint-interval {checkpoint} --runs-dir {folder} ")
+    text += (f"--total-timesteps {steps} --num-envs 2 --learning-starts 16 --buffer-size 30"
+             if baseline.STEM == "sac" else f"--offline-steps {steps} --dataset-path {data}")
+    return [*text.split(), *more]
 
 
 def rows(folder):
     """The rows of metrics.jsonl without what depends on the clock."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "charts/UPS"} for row in found]
-
-
-def at(monkeypatch, calls):
-    """`calls`: {number of the batch: function called when that batch is drawn}."""
-    sample, count = mfql_offline.sample, itertools.count(1)
-
-    def counted(*args):
-        calls.get(next(count), lambda: None)()
-        return sample(*args)
-
-    monkeypatch.setattr(mfql_offline, "sample", counted)
+    return [{key: value for key, value in row.items() if key not in ("charts/UPS", "charts/SPS")} for row in found]
 
 
 def test_run_folder(baseline, data, tmp_path):
-    assert baseline.main(flags(data, tmp_path)) == 0
-    run = tmp_path / f"Short-v0__{baseline.STEM}__1"
-    assert json.loads((run / "done.json").read_text()) == {"step": STEPS}
+    assert baseline.main(flags(baseline, data, tmp_path)) == 0
+    run, k, offline = tmp_path / f"Short-v0__{baseline.STEM}__1", stride(baseline), baseline.STEM != "sac"
+    assert json.loads((run / "done.json").read_text()) == {"step": k * STEPS}
     about = json.loads((run / "args.json").read_text())
-    assert {"args", "data", "device", "threads", "versions"} <= set(about)
-    assert {"transitions", "episodes", "mean_return", "best", "sha256"} <= set(about["data"])
-    assert about["args"]["batch_size"] == 32 and about["versions"]["d3rlpy"]
-    names = ["eval/episodic_return", "eval/episodic_return_std", "eval/episodic_length"]
-    assert [(row["step"], *row) for row in rows(run) if "eval/episodic_return" in row] == \
-        [(step, "step", *names) for step in (10, 20, STEPS)]
-    assert [row["step"] for row in rows(run) if "losses/actor_loss" in row] == [5, 10, 15, 20]
-    final, single = rows(run)[-2:]
-    assert {name.replace("eval/", "eval_n1/"): value for name, value in final.items()} == single
+    assert about["args"]["batch_size"] == 32 and about["device"] == "cpu" and about["threads"] == 1
+    assert "d3rlpy" in about["versions"] or not offline
+    assert ("data" in about) == offline
+    assert not offline or {"transitions", "episodes", "mean_return", "best", "sha256"} <= set(about["data"])
+    names = ["step", *(f"eval/episodic_{name}" for name in ("return", "return_std", "length"))]
+    found = rows(run)
+    assert [(row["step"], list(row)) for row in found if "eval/episodic_return" in row] == \
+        [(k * step, names) for step in (10, 20, STEPS)]
+    first = 5 if offline else 10
+    assert [row["step"] for row in found if "losses/actor_loss" in row] == [k * i for i in range(first, STEPS, 5)]
+    assert '"charts/UPS"' in (run / "metrics.jsonl").read_text()
+    final, single = found[-2:]
+    assert list(single) == [name.replace("eval/", "eval_n1/") for name in final]
+    assert (list(single.values()) == list(final.values())) == offline  # SAC: by a sample, not by the mean
 
 
 def test_resume_is_exact(baseline, data, tmp_path, monkeypatch):
-    """Killed in the middle, interrupted by a signal, continued: the rows of an undisturbed run."""
-    assert baseline.main(flags(data, tmp_path, "--run-name", "whole")) == 0
-    more = flags(data, tmp_path, "--run-name", "parts", "--resume", "auto")
-    run = tmp_path / "parts"
-
+    """Killed and interrupted in training and in evaluations, and continued: the rows of an undisturbed run."""
     def kill():
         raise Killed
 
-    interrupt = lambda: os.kill(os.getpid(), signal.SIGTERM)
-    for calls, code in (({4: kill}, None), ({17: kill}, None), ({3: interrupt}, 130), ({9: kill}, None), ({}, 0)):
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def before(function, number, action):
+        """`function`, with `action` before its call `number`."""
+        count = itertools.count(1)
+
+        def disturbed(*args, **more):
+            if next(count) == number:
+                action()
+            return function(*args, **more)
+        return disturbed
+
+    assert baseline.main(flags(baseline, data, tmp_path, "--run-name", "whole")) == 0
+    more, run = flags(baseline, data, tmp_path, "--run-name", "parts", "--resume", "auto"), tmp_path / "parts"
+    train, evaluate = common.train, mfql_offline.evaluate
+    lives = (("step", 4, kill, None), ("step", 8, kill, None), ("step", 3, interrupt, 130),
+             ("evaluation", 1, interrupt, 130), ("evaluation", 2, kill, None), ("step", 3, kill, None),
+             ("evaluation", 3, kill, None), ("", 0, None, 0))
+    for where, number, action, code in lives:
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            at(patch, calls)
+            if where == "step":
+                patch.setattr(common, "train", lambda *args, advance, number=number, action=action, **more:
+                              train(*args, advance=before(advance, number, action), **more))
+            elif where == "evaluation":
+                patch.setattr(mfql_offline, "evaluate", before(evaluate, number, action))
             assert baseline.main(more) == code
         assert (run / "done.json").exists() == (code == 0)
     assert rows(run) == rows(tmp_path / "whole")
-    before = (run / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(mfql_offline, "sample", kill)
+    contents = (run / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(common, "train", kill)
     assert baseline.main(more) == 0  # done: at once
-    assert (run / "metrics.jsonl").read_bytes() == before
+    assert (run / "metrics.jsonl").read_bytes() == contents
 
 
 def test_bad_input(baseline, data, tmp_path):
-    for more, message in ((["--env-id", "Nothing-v0"], "Nothing"), (["--gamma", "2"], "--gamma"),
-                          (["--run-name", ""], "--run-name is empty")):
-        with pytest.raises(mfql_offline.BadInput, match=message):
-            baseline.main(flags(data, tmp_path, *more))
+    def refused(match, *more):
+        with pytest.raises(mfql_offline.BadInput, match=match):
+            baseline.main(flags(baseline, data, tmp_path, *more))
+
+    refused("Nothing", "--env-id", "Nothing-v0")
+    refused("--gamma 2.0 must lie between", "--gamma", "2")
+    refused("--run-name is empty", "--run-name", "")
     assert not list(tmp_path.iterdir())
-    assert baseline.main(flags(data, tmp_path)) == 0
-    for more, message in (([], "holds a run"), (["--resume", "auto", "--tau", "0.1"], "--tau was 0.005, is 0.1")):
-        with pytest.raises(mfql_offline.BadInput, match=message):
-            baseline.main(flags(data, tmp_path, *more))
+    run = tmp_path / "run"
+    run.mkdir()
+    with filelock.FileLock(run / ".lock"):
+        refused("could not be acquired", "--run-name", "run")
+    assert baseline.main(flags(baseline, data, tmp_path, "--run-name", "run")) == 0
+    refused("holds a run", "--run-name", "run")
+    refused("--tau was 0.005, is 0.1", "--run-name", "run", "--tau", "0.1", "--resume", "auto")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(baseline, data, tmp_path, capfd):
+    assert baseline.main(flags(baseline, data, tmp_path, "--learning-rate", "1e9", "--tau", "1")) == 3
+    assert "losses/" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*/done.json"))

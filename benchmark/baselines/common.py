@@ -6,16 +6,19 @@ finished run cannot be made longer.
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import signal
 import sys
+import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import filelock
 import torch
 import tyro
+from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import mfql_offline  # noqa: E402
@@ -112,17 +115,6 @@ def open_run(run_dir, args, checkpoint, about):
     return log_file, lock
 
 
-def random_state(device):
-    return dict(random_cpu=torch.get_rng_state(),
-                random_cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None)
-
-
-def restore_random_state(checkpoint, device):
-    torch.set_rng_state(checkpoint["random_cpu"])
-    if device.type == "cuda" and checkpoint["random_cuda"] is not None:  # None: saved on a CPU
-        torch.cuda.set_rng_state(checkpoint["random_cuda"])
-
-
 def save(run_dir, state):
     """checkpoint.pt, always a whole file: written under another name, flushed, renamed."""
     path, partial = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
@@ -151,6 +143,81 @@ def catch_signals():
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, interrupt)
     return interrupts
+
+
+def train(stem, args, run_dir, checkpoint, about, device, total, stride, advance, charts, evaluate, state):
+    """The training loop and its files; the exit code: 0 done, 3 non-finite loss, 130 interrupted.
+
+    Until `total` steps are done, `advance(step)` makes `stride` of them and returns their losses, those of them that
+    it has; `charts(steps, seconds)` is what the log shows of the speed, `evaluate(interrupts, prefix)` makes the rows
+    eval/ and eval_n1/, `state()` is what the checkpoint holds of the algorithm.
+    """
+    log_file, lock = open_run(run_dir, args, checkpoint, {**about, "device": str(device)})
+    step, evaluated, losses = 0, False, {}
+    if checkpoint:
+        step, evaluated, losses = checkpoint["step"], checkpoint["evaluated"], checkpoint["losses"]
+        torch.set_rng_state(checkpoint["random_cpu"])
+        if device.type == "cuda" and checkpoint["random_cuda"] is not None:  # None: saved on a CPU
+            torch.cuda.set_rng_state(checkpoint["random_cuda"])
+    interrupts = catch_signals()
+
+    def log(metrics):
+        log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
+
+    def evaluate_and_log(*prefixes):
+        """Evaluates, then logs: an interruption leaves all of the rows or none."""
+        for prefix, metrics in [(prefix, evaluate(interrupts, prefix)) for prefix in prefixes]:
+            log({name.replace("eval/", prefix): value for name, value in metrics.items()})
+            text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
+            tqdm.write(f"step {step}, {prefix} {text}")
+
+    def checkpoint_now():
+        save(run_dir, dict(
+            script=stem, args=asdict(args), data=about.get("data"), step=step, evaluated=evaluated, losses=losses,
+            state=state(), log_offset=log_file.tell(), random_cpu=torch.get_rng_state(),
+            random_cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None))
+
+    def due(interval):
+        """Whether the last `stride` steps reached a multiple of `interval`."""
+        return step // interval > max(step - stride, 0) // interval
+
+    bar = tqdm(total=total, initial=step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
+    clock, clock_step = time.time(), step
+    try:
+        while step < total and not interrupts:
+            if due(args.eval_interval) and not evaluated:  # after the checkpoint: resuming repeats it
+                paused = time.time()
+                evaluate_and_log("eval/")
+                clock += time.time() - paused
+            evaluated = False
+            losses |= advance(step)
+            step += stride
+            bar.update(stride)
+            if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+                bar.close()
+                print(f"{stem}: step {step}: {bad[0]} is {losses[bad[0]]}; {run_dir} has what was saved before",
+                      file=sys.stderr)
+                return 3
+            if due(args.log_interval):
+                log({**charts(step - clock_step, time.time() - clock), **losses})
+                clock, clock_step = time.time(), step
+            if due(args.checkpoint_interval) or step >= total or interrupts:
+                checkpoint_now()
+        if not interrupts and not evaluated:
+            evaluate_and_log("eval/", "eval_n1/")
+            evaluated = True
+            checkpoint_now()  # so that a kill before done.json keeps these rows
+    except KeyboardInterrupt:  # of an evaluation
+        checkpoint_now()
+    finally:
+        bar.close()
+        log_file.close()
+        lock.release()
+    if interrupts:
+        print(f"interrupted at step {step}; the same command with --resume auto continues", file=sys.stderr)
+        return 130
+    (run_dir / "done.json").write_text(json.dumps({"step": step}))
+    return 0
 
 
 def call(main, stem):

@@ -4,17 +4,13 @@ d3rlpy gives networks, losses and optimizers. Data, batches, evaluation and the 
 the top, since d3rlpy's own loop builds each batch in Python, ten times slower, and cannot be continued.
 It asks for gymnasium 1.0 but works with ours, so it is installed without its pins: see INSTALL.
 """
-import json
-import math
 import pathlib
 import sys
-import time
 import types
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import common  # noqa: E402
@@ -85,69 +81,23 @@ def main(stem, description, defaults, create, argv=None, task_defaults=lambda en
 
     algorithm = create(d3rlpy, args, str(device))
     algorithm.create_impl(env.observation_space.shape, env.action_space.shape[0])
-    parts, step, evaluated, losses = vars(algorithm.impl.modules), 0, False, {}  # networks and optimizers by name
+    parts = vars(algorithm.impl.modules)  # networks and optimizers by name
     if checkpoint:
         with blame(f"the checkpoint in {run_dir} does not fit"):
             for name, part in parts.items():
-                part.load_state_dict(checkpoint["parts"][name])
-            step, evaluated, losses = checkpoint["step"], checkpoint["evaluated"], checkpoint["losses"]
-            common.restore_random_state(checkpoint, device)
-    log_file, _lock = common.open_run(run_dir, args, checkpoint, dict(data=about_data, device=str(device)))
-    interrupts = common.catch_signals()
+                part.load_state_dict(checkpoint["state"][name])
     agent = types.SimpleNamespace(obs_mean=mean, act=lambda observations, *_:
                                   algorithm.impl.predict_best_action((observations - mean) / std).detach())
     ones = torch.ones(args.batch_size, 1, device=device)
 
-    def log(metrics):
-        log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
+    def advance(step):
+        batch = mfql_offline.sample(replay, args.batch_size)
+        batch = d3rlpy.torch_utility.TorchMiniBatch(**batch, intervals=ones, device=str(device),
+                                                    next_actions=ones, returns_to_go=ones)  # both unused
+        return {f"losses/{name}": value for name, value in algorithm.impl.update(batch, step).items()}
 
-    def evaluate_and_log(*prefixes):
-        metrics = mfql_offline.evaluate(agent, task, args, 1, interrupts=interrupts)
-        for prefix in prefixes:  # the policy's mean is its only candidate
-            log({name.replace("eval/", prefix): value for name, value in metrics.items()})
-        text = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
-        tqdm.write(f"step {step}: {text}")
-
-    def save():
-        common.save(run_dir, dict(
-            script=stem, args=asdict(args), data=about_data, step=step, evaluated=evaluated, losses=losses,
-            parts={name: part.state_dict() for name, part in parts.items()}, log_offset=log_file.tell(),
-            **common.random_state(device)))
-
-    bar = tqdm(total=args.offline_steps, initial=step, unit="step", mininterval=1 if sys.stderr.isatty() else 60)
-    clock, clock_step = time.time(), step
-    try:
-        while step < args.offline_steps and not interrupts:
-            if step and step % args.eval_interval == 0 and not evaluated:  # after the checkpoint: resuming repeats it
-                paused = time.time()
-                evaluate_and_log("eval/")
-                clock += time.time() - paused
-            evaluated = False
-            batch = mfql_offline.sample(replay, args.batch_size)
-            losses |= algorithm.impl.update(d3rlpy.torch_utility.TorchMiniBatch(  # unused: next_actions, returns_to_go
-                **batch, next_actions=batch["actions"], returns_to_go=ones, intervals=ones, device=str(device)), step)
-            step += 1
-            bar.update()
-            save_due = step % args.checkpoint_interval == 0 or step == args.offline_steps or interrupts
-            if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-                bar.close()
-                print(f"{stem}: step {step}: losses/{bad[0]} is {losses[bad[0]]}; {run_dir} has what was saved before",
-                      file=sys.stderr)
-                return 3
-            if step % args.log_interval == 0:
-                ups, clock, clock_step = (step - clock_step) / (time.time() - clock), time.time(), step
-                log({"charts/UPS": ups, **{f"losses/{name}": value for name, value in losses.items()}})
-            if save_due:
-                save()
-        if not interrupts and not evaluated:
-            evaluate_and_log("eval/", "eval_n1/")
-            evaluated = True
-            save()  # so that a kill before done.json keeps these rows
-    except KeyboardInterrupt:  # of an evaluation
-        save()
-    bar.close()
-    if interrupts:
-        print(f"interrupted at step {step}; the same command with --resume auto continues", file=sys.stderr)
-        return 130
-    (run_dir / "done.json").write_text(json.dumps({"step": step}))
-    return 0
+    return common.train(
+        stem, args, run_dir, checkpoint, dict(data=about_data), device, args.offline_steps, 1,
+        advance=advance, charts=lambda steps, seconds: {"charts/UPS": steps / seconds},
+        evaluate=lambda interrupts, prefix: mfql_offline.evaluate(agent, task, args, 1, interrupts=interrupts),
+        state=lambda: {name: part.state_dict() for name, part in parts.items()})
