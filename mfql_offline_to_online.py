@@ -1069,5 +1069,5 @@ if __name__ == "__main__":
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's error for sizes that do not fit
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python minds the closed pipe once more
-        print(f"{SCRIPT}: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)  # one line
+        tqdm.write(f"{SCRIPT}: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)  # one line
         sys.exit(2)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import sys
+import warnings
 
 import gymnasium as gym
 import h5py
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from test_behaviour import save_sealed
 
 import mfql_offline as m
 
@@ -134,7 +136,7 @@ def test_d4rl_rows_masks_and_returns(tmp_path, flag_dtype):
     np.testing.assert_array_equal(data["masks"], [row != 3 for row in kept])  # the time limit is no termination
     returns = 0 + 1 + 2 + 3, 4 + 5 + 6 + 7  # the unfinished third does not count
     assert about.pop("sha256") and about == dict(transitions=10, episodes=2, mean_return=sum(returns) / 2,
-                                                 best=max(returns), worst=min(returns))
+                                                 best_quarter=max(returns), best=max(returns), worst=min(returns))
     assert all(value.dtype == np.float32 and len(value) == len(kept) for value in data.values())
 
 
@@ -573,8 +575,10 @@ def edit_episode(data, key, change):
             file[f"episode_1/{key}"] = change(value)
 
 
-def edit_metadata(data, *keys):
-    metadata = json.loads((data / "metadata.json").read_text())
+def edit_metadata(data, *keys, limit=None, **changed):
+    metadata = json.loads((data / "metadata.json").read_text()) | changed
+    if limit is not None:
+        metadata["env_spec"] = json.dumps({**json.loads(metadata["env_spec"]), "max_episode_steps": limit})
     (data / "metadata.json").write_text(json.dumps({k: v for k, v in metadata.items() if k not in keys}))
 
 
@@ -589,6 +593,11 @@ MINARI_DAMAGE = {
     "NaN": lambda data: edit_episode(data, "observations", lambda value: value * np.nan),
     "no environment": lambda data: edit_metadata(data, "env_spec"),
     "neither environment nor space": lambda data: edit_metadata(data, "env_spec", "observation_space"),
+    "no time limit (Gymnasium's -1)": lambda data: edit_metadata(data, limit=-1),  # evaluating might never end
+    "a time limit of one step": lambda data: edit_metadata(data, limit=True),
+    "fewer episodes than there are": lambda data: edit_metadata(data, total_episodes=1),  # would train on one
+    "more steps than there are": lambda data: edit_metadata(data, total_steps=10**9),
+    "numbers beyond float32": lambda data: edit_episode(data, "rewards", lambda value: value + 1e300),
 }
 
 
@@ -596,7 +605,9 @@ MINARI_DAMAGE = {
 def test_damaged_minari_datasets_are_refused(tmp_path, case):
     collect("test/toy-v0")
     MINARI_DAMAGE[case](minari_folder() / "test" / "toy-v0" / "data")
-    assert "test/toy-v0" in refuse(tmp_path, "--env-id", "test/toy-v0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # NumPy's would be another line
+        assert "test/toy-v0" in refuse(tmp_path, "--env-id", "test/toy-v0")
 
 
 # ---------------------------------------------------------------- no code from data
@@ -664,8 +675,8 @@ def test_code_behind_a_checkpoint_does_not_run(tmp_path, trace):
     run, = (tmp_path / "runs").iterdir()
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     attacked(tmp_path / "sets", trace, "a command")
-    torch.save(dict(state, args=dict(state["args"], env_id="test/evil-v0", dataset_path=str(tmp_path / "sets"))),
-               run / "checkpoint.pt")
+    save_sealed(dict(state, args=dict(state["args"], env_id="test/evil-v0", dataset_path=str(tmp_path / "sets"))),
+                run / "checkpoint.pt")
     with pytest.raises(m.BadInput):
         m.main(["--resume", str(run)])
     names = ("os:system", "evil:Pendulum-v1", "data.d4rl_tasks:evil:Pendulum-v1", "evil:Pendulum-v1\n",
@@ -676,7 +687,7 @@ def test_code_behind_a_checkpoint_does_not_run(tmp_path, trace):
     spec = {**json.loads(gym.spec("Pendulum-v1").to_json()), "entry_point": "os:system",
             "kwargs": dict(command=f"touch {trace}")}
     for task in [*tasks, dict(tasks[0], env_id=spec), dict(tasks[0], env_id=json.dumps(spec))]:
-        torch.save(dict(state, task=task), run / "checkpoint.pt")
+        save_sealed(dict(state, task=task), run / "checkpoint.pt")
         with pytest.raises(m.BadInput):
             m.main(["--evaluate", str(run)])
         assert not trace.exists(), task
