@@ -51,7 +51,7 @@ def read_json(path):
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise BadInput(f"{path}: no JSON ({error}); move the folder away and run the suite again") from error
+        raise BadInput(f"{path}: no JSON ({error}): remove it and run the suite again") from error
 
 
 def read_run(run):
@@ -175,8 +175,8 @@ def spread(values):
 
 def table(rows, data=(), plan=None, planned=()):
     """The Markdown text. plan: the suite's TOML, planned: its runs; without them, what is in the rows is the plan."""
-    runs = list(dict.fromkeys((run.label, run.task, run.seed) for run in planned)
-                or dict.fromkeys((row["label"], row["task"], row["seed"]) for row in rows))
+    runs = (dict.fromkeys((run.label, run.task, run.seed) for run in planned)
+            or dict.fromkeys((row["label"], row["task"], row["seed"]) for row in rows))
     rows = [row for row in rows if (row["label"], row["task"], row["seed"]) in runs]
     found, unit, about = finals(rows), units(rows), {row["task"]: row for row in data}
     papers = {(label, task): str(value) for task, entry in (plan or {}).get("tasks", {}).items()
@@ -213,21 +213,69 @@ def overall(runs, found, unit):
         low, high = interval(values, iqm)
         return f"{iqm(np.concatenate(values)):.1f} [{low:.1f}, {high:.1f}]"
 
-    lines, counts = [], set()
+    lines = []
     for label in dict.fromkeys(run[0] for run in runs):
         best, asked = strata(found, unit, label, 1), [run for run in runs if run[0] == label]
         if len(best) > 1:
             tasks, done = f"{len(best)} of {len({run[1] for run in asked})}", f"{sum(map(len, best))} of {len(asked)}"
             lines.append(f"| {label} | {cell(best)} | {cell(strata(found, unit, label, 2))} | {tasks} | {done} |")
-            counts.add((tasks, done))
     if not lines:
         return []
     return ["", "Interquartile mean of the runs of all tasks, in brackets its 95 % interval (bootstrap of the seeds, "
-            "stratified by task)." + " Not of the same tasks and runs: compare with care." * (len(counts) > 1), "",
-            "| method | best of N | N = 1 | tasks | runs |", "|---|---|---|---|---|", *lines]
+            "stratified by task).", "", "| method | best of N | N = 1 | tasks | runs |", "|---|---|---|---|---|", *lines]
 
 
 # ---------------------------------------------------------------- CSVs to pictures
+def draw_curves(plt, rows, data, colors):
+    unit, found, curves = units(rows), finals(rows), {}
+    for row in rows:
+        if row["family"] == "eval":
+            seeds = curves.setdefault((row["task"], row["label"]), {})
+            seeds.setdefault(row["seed"], {})[row["step"]] = figure(row, unit[row["task"]])
+    wide = min(3, len(unit))
+    high = -(-len(unit) // wide)
+    picture, axes = plt.subplots(high, wide, squeeze=False, layout="constrained",
+                                 figsize=(3.4 * wide + 1.6, 2.8 * high + 0.2 * -(-len(colors) // wide) + 0.6))
+    for axis in axes.flat[len(unit):]:
+        axis.remove()
+    axes = dict(zip(unit, axes.flat))
+    for (task, label), seeds in curves.items():
+        steps = sorted(set.intersection(*map(set, seeds.values())))
+        values = np.array([[curve[step] for step in steps] for curve in seeds.values()])
+        axes[task].plot(steps, values.mean(0), color=colors[label], marker="o", markersize=3)
+        axes[task].fill_between(steps, values.min(0), values.max(0), color=colors[label], alpha=0.2, linewidth=0)
+        single = [one for n, _, one in found.get((label, task), {}).values() if n > 1]
+        axes[task].plot(steps[-1:] * len(single), single, "D", color=colors[label], fillstyle="none", markersize=4)
+    for task, axis in axes.items():
+        for value, style in ((about.get(f"{key}_{unit[task]}", math.nan), style) for about in data
+                             if about["task"] == task for key, style in (("mean", "--"), ("best_quarter", ":"))):
+            axis.axhline(value, color="gray", linestyle=style, linewidth=1)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axis.set(title=task, xlabel="step", ylabel=unit[task].replace("success", "success, %"))
+    note = ("line: mean of the seeds, band: lowest to highest, diamonds: N = 1 at the end; "
+            "gray: the data's mean (dashed) and best quarter (dotted)")
+    picture.legend([plt.Line2D([], [], color=color) for color in colors.values()], colors, fontsize=8, ncols=wide,
+                   loc="outside lower center", title=textwrap.fill(note, 60 * wide), title_fontsize=7)
+    return picture
+
+
+def draw_profile(plt, groups, colors):
+    values = np.concatenate([of_task for group in groups.values() for of_task in group])
+    levels = np.linspace(min(values.min(), 0), values.max(), 101)
+
+    def above(sample):
+        return np.stack([(sample > level).mean(-1) for level in levels], -1)
+
+    picture, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for label, group in groups.items():
+        axis.plot(levels, above(np.concatenate(group)), color=colors[label], label=label)
+        axis.fill_between(levels, *interval(group, above, 2000), color=colors[label], alpha=0.2, linewidth=0)
+    axis.set(xlabel="score at the end, best of N", ylabel="share of runs above it (band: 95 % interval)")
+    axis.legend(fontsize=8)
+    return picture
+
+
 def pictures(rows, data, out, name):
     """<name>_curves.png, and <name>_profile.png where there is something to take a mean of over tasks."""
     try:
@@ -238,59 +286,12 @@ def pictures(rows, data, out, name):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    unit, found = units(rows), finals(rows)
-    colors = plt.get_cmap("tab20").colors
-    labels = dict(zip(dict.fromkeys(row["label"] for row in rows), itertools.cycle(colors[::2] + colors[1::2])))
-    wide = min(3, len(unit))
-    high = -(-len(unit) // wide)
-    plot, axes = plt.subplots(high, wide, squeeze=False, layout="constrained",
-                              figsize=(3.4 * wide + 1.6, 2.8 * high + 0.2 * -(-len(labels) // wide) + 0.6))
-    for axis in axes.flat[len(unit):]:
-        axis.remove()
-    for axis, task in zip(axes.flat, unit):
-        for label, color in labels.items():
-            curves = {}
-            for row in rows:
-                if (row["label"], row["task"], row["family"]) == (label, task, "eval"):
-                    curves.setdefault(row["seed"], {})[row["step"]] = figure(row, unit[task])
-            steps = sorted(set.intersection(*map(set, curves.values()))) if curves else []
-            if steps:
-                values = np.array([[curve[step] for step in steps] for curve in curves.values()])
-                axis.plot(steps, values.mean(0), color=color, marker="o", markersize=3)
-                axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
-                one = [seed[2] for seed in found.get((label, task), {}).values() if seed[0] > 1]
-                if one:
-                    axis.plot(steps[-1], np.mean(one), "D", color=color, fillstyle="none")
-        for about in data:
-            for key, style in (("mean", "--"), ("best_quarter", ":")):
-                value = about.get(f"{key}_{unit[task]}", math.nan)
-                if about["task"] == task and not math.isnan(value):
-                    axis.axhline(value, color="gray", linestyle=style, linewidth=1)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-        axis.set(title=task, xlabel="step", ylabel=unit[task] + ", %" * (unit[task] == "success"))
-    note = ("line: mean of the seeds, band: lowest to highest, diamond: N = 1 at the end; "
-            "gray: the data's mean (dashed) and best quarter (dotted)")
-    plot.legend([plt.Line2D([], [], color=color) for color in labels.values()], labels, loc="outside lower center",
-                ncols=wide, fontsize=8, title=textwrap.fill(note, 60 * wide), title_fontsize=7)
-    plot.savefig(out / f"{name}_curves.png", dpi=100)
-    plt.close(plot)
-    groups = {label: strata(found, unit, label, 1) for label in labels}
-    groups = {label: group for label, group in groups.items() if len(group) > 1}
-    if groups:
-        scores = np.concatenate([score for group in groups.values() for score in group])
-        levels = np.linspace(min(scores.min(), 0), scores.max(), 101)
-
-        def above(sample):
-            return np.stack([(sample > level).mean(-1) for level in levels], -1)
-
-        plot, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
-        for label, group in groups.items():
-            axis.plot(levels, above(np.concatenate(group)), color=labels[label], label=label)
-            axis.fill_between(levels, *interval(group, above, 2000), color=labels[label], alpha=0.2, linewidth=0)
-        axis.set(xlabel="score at the end, best of N", ylabel="share of runs above it (band: 95 % interval)")
-        axis.legend(fontsize=8)
-        plot.savefig(out / f"{name}_profile.png", dpi=100)
-        plt.close(plot)
+    palette = plt.get_cmap("tab20").colors
+    colors = dict(zip(dict.fromkeys(row["label"] for row in rows), itertools.cycle(palette[::2] + palette[1::2])))
+    draw_curves(plt, rows, data, colors).savefig(out / f"{name}_curves.png", dpi=100)
+    groups = {label: strata(finals(rows), units(rows), label, 1) for label in colors}
+    if groups := {label: group for label, group in groups.items() if len(group) > 1}:
+        draw_profile(plt, groups, colors).savefig(out / f"{name}_profile.png", dpi=100)
 
 
 # ----------------------------------------------------------------
