@@ -54,10 +54,10 @@ gym.register("Leaps-v0", entry_point=Leaps)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Random transitions in D4RL's layout."""
+    """Random transitions in D4RL's layout, every seventh of them terminal."""
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "data.hdf5"
     arrays = dict(observations=rng.normal(2, 3, (ROWS + 1, 3)).astype(np.float32), rewards=rng.normal(size=ROWS + 1),
-                  actions=rng.uniform(-2, 2, (ROWS + 1, 1)).astype(np.float32), terminals=np.zeros(ROWS + 1, bool),
+                  actions=rng.uniform(-2, 2, (ROWS + 1, 1)).astype(np.float32), terminals=np.arange(ROWS + 1) % 7 == 6,
                   timeouts=np.arange(ROWS + 1) == ROWS)
     with h5py.File(path, "w") as file:
         for key, value in arrays.items():
@@ -151,13 +151,36 @@ def test_balanced_sampling_counts():
 
 
 # ---------------------------------------------------------------- phases
-def test_without_online_steps_it_is_mfql_offline(data, tmp_path):
+@pytest.mark.parametrize("flags", [["--reward-scale", "0.5", "--reward-shift", "-1"],
+                                   ["--q-aggregation", "min", "--num-candidates-target", "2", "--time-steps", "2000",
+                                    "--no-normalize-q-loss", "--observation-normalization", "none"]])
+def test_without_online_steps_it_is_mfql_offline(data, tmp_path, flags):
     """Parameter for parameter, row for row."""
-    flags = ["--reward-scale", "0.5", "--reward-shift", "-1"]
     both = train(m, data, tmp_path / "both", "--online-steps", "0", *flags)
     offline = train(mfql_offline, data, tmp_path / "offline", *flags)
     assert_equal(offline, both)
     assert metrics(both) == metrics(offline)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(), dict(q_aggregation="min"), dict(num_candidates_target=1), dict(normalize_q_loss=False, alpha=10.0),
+    dict(alpha_schedule="constant"), dict(alpha_schedule="cosine"), dict(time_steps=2000), dict(bound_weight=0.1),
+    dict(tau=0.5, gamma=0.5), dict(policy_depth=2, critic_depth=2), dict(num_candidates_eval=2)])
+def test_the_agent_is_mfqls_until_it_goes_online(flags):
+    """Whatever the online flags say; also where alpha moves, at gradient step 2000, and how it acts."""
+    agents = []
+    for script, more in ((mfql_offline, {}), (m, dict(online_alpha=0.1, online_actor_learning_rate=1.0, utd=2.0))):
+        torch.manual_seed(0)
+        args = script.Args(**{**SIZES, "offline_steps": 2001, **flags, **more})
+        agent = script.Agent(3, 2, args, torch.device("cpu"))
+        agent.updates.fill_(1998), agent.alpha_history.fill_(1e-9)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            batch = {key: torch.randn(value.shape) for key, value in BATCH.items()}
+            parts = agent.update(dict(batch, actions=batch["actions"].clamp(-1, 1), masks=torch.tensor([1., 0, 1, 0])))
+        actions = agent.act(torch.randn(5, 3), 4, torch.Generator().manual_seed(0))
+        agents.append([*agent.state_dict().values(), *parts.values(), actions, *agent.charts().values()])
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*agents, strict=True))
 
 
 def test_online_transitions_are_what_happened(data, tmp_path):
@@ -183,6 +206,72 @@ def test_online_transitions_are_what_happened(data, tmp_path):
     episodes = [row for row in metrics(run) if "charts/episodic_return" in row]
     assert [row["step"] for row in episodes] == (OFFLINE + 1 + np.flatnonzero(ends)).tolist()
     assert episodes[0]["charts/episodic_return"] == pytest.approx(raw[:np.flatnonzero(ends)[0] + 1].sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_batches_of_the_online_phase(data, tmp_path, monkeypatch, balanced):
+    """Offline all rows are the data's, bit for bit; online half of each batch is new if balanced, else by chance, and
+    no row is one that has not been filled yet. Each row is one of the buffer in all its columns."""
+    def update(agent, batch, original=m.Agent.update):
+        seen.append({key: value.clone() for key, value in batch.items()})
+        return original(agent, batch)
+
+    seen = []
+    monkeypatch.setattr(m.Agent, "update", update)
+    monkeypatch.setattr(m, "evaluate", lambda *_: {})
+    run = train(m, data, tmp_path, *ONLINE, *(["--balanced-sampling"] if balanced else []), "--batch-size", "64")
+    new = checkpoint(run)["online"]["transitions"]
+    counts = []
+    for step, batch in enumerate(seen):
+        filled = max(step - OFFLINE + 1, 0)
+        # an action of the data is never 1, and no two rows have one observation
+        same = (batch["observations"].unsqueeze(1) == new["observations"][:filled]).all(2)
+        counts.append(same.any(1).sum().item())
+        for key, value in batch.items():
+            rows = new[key][:filled][same.float().argmax(1)] if filled else value
+            assert torch.equal(value[same.any(1)], rows[same.any(1)]), key
+        assert (batch["observations"] != 0).any(1).all() and (batch["actions"] != 0).any(1).all()
+    assert counts[:OFFLINE] == [0] * OFFLINE and len(counts) == OFFLINE + 30
+    if balanced:
+        assert counts[OFFLINE:] == [32] * 30
+    else:
+        assert 0 < max(counts) < 20 and abs(sum(counts) - 64 * sum(k / (ROWS + k) for k in range(1, 31))) < 50
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_exploration_noise(data, tmp_path, monkeypatch, noise):
+    """Gaussian, of that deviation, new in each step, and clipped to the box; the policy here says 0.8 and raw
+    observations reach it. What the buffer holds is what was played."""
+    def act(agent, observations, num_candidates, generator):
+        if generator is None:
+            seen.append(observations[0, :2].tolist())
+        return torch.full((len(observations), 1), 0.8)
+
+    seen = []
+    monkeypatch.setattr(m.Agent, "act", act)
+    monkeypatch.setattr(m, "evaluate", lambda *_: {})
+    run = train(m, data, tmp_path, "--online-steps", "400", "--utd", "0.01", "--exploration-noise", str(noise))
+    actions = checkpoint(run)["online"]["transitions"]["actions"]
+    assert len(seen) == 400 and {length for _, length in seen} == set(range(3, 10)) and min(seen)[0] == 0
+    if noise == 0:
+        assert (actions == torch.tensor(0.8)).all()
+        return
+    inside = actions[actions < 1]
+    assert actions.max() == 1 and (actions == 1).float().mean().item() == pytest.approx(0.345, abs=0.1)  # P(e > 0.4)
+    assert len(inside.unique()) == len(inside) and actions.min() < -0.2
+    below = (0.8 - actions[actions < 0.8]) / noise  # half a normal distribution
+    assert len(below) == pytest.approx(200, abs=40) and below.square().mean().item() == pytest.approx(1, abs=0.35)
+
+
+def test_every_seed_has_its_own_episodes(data, tmp_path, monkeypatch):
+    """In the online phase as well, and no episode twice."""
+    firsts = []
+    monkeypatch.setattr(m, "evaluate", lambda *_: {})
+    for seed in ("1", "2"):
+        run = train(m, data, tmp_path / seed, *ONLINE, "--seed", seed, "--observation-normalization", "none")
+        observations = checkpoint(run)["online"]["transitions"]["observations"]
+        firsts.append(observations[observations[:, 0] == 0][:, 2].tolist())
+    assert len(set(firsts[0] + firsts[1])) == len(firsts[0] + firsts[1]) > 5
 
 
 def test_one_axis_and_marks_of_the_change(data, tmp_path):
@@ -243,9 +332,11 @@ def test_online_alpha_moves_on_a_straight_line(steps):
 
 # ---------------------------------------------------------------- resuming and starting from an offline run
 @pytest.mark.parametrize("stops", [(5,), (OFFLINE,), (OFFLINE + 1,), (3, OFFLINE - 1, 30, 31)])
-@pytest.mark.parametrize("more", [[], ["--buffer-size", str(ROWS + 7), "--utd", "2"]])
+@pytest.mark.parametrize("more", [[], ["--buffer-size", str(ROWS + 7), "--utd", "2", "--online-alpha", "0.2",
+                                       "--online-alpha-steps", "50", "--exploration-noise", "0.1"]])
 def test_interrupted_runs_continue_bit_for_bit(data, tmp_path, monkeypatch, stops, more):
-    """SIGTERM before, at and after the change, in the middle of episodes, also with a ring that has wrapped."""
+    """SIGTERM before, at and after the change, in the middle of episodes, also with a ring that has wrapped while
+    alpha is still moving."""
     whole = train(m, data, tmp_path / "whole", *ONLINE, *more)
     seen = set()
 

@@ -205,8 +205,8 @@ def test_act_takes_what_the_online_critic_likes_best(count):
 
 # ---------------------------------------------------------------- one gradient step
 def test_first_update():
-    """The target critic begins as the critic, gives y with N candidates of its own flag, chosen by the critic, and then
-    follows by tau; Adam's first step is its rate; the actor's loss asks the critic as it is after its step."""
+    """The target critic begins as the critic, gives y with N candidates of its own flag and follows by tau; Adam's
+    first step is its rate; the actor's loss asks the critic as it is after its step."""
     torch.manual_seed(0)
     agent = m.Agent(OBS, ACT, m.Args(**SMALL, num_candidates_target=5, tau=0.3, learning_rate=0.002),
                     torch.device("cpu"))
