@@ -222,7 +222,7 @@ def overall(runs, found, unit):
     if not lines:
         return []
     return ["", "Interquartile mean of the runs of all tasks, in brackets its 95 % interval (bootstrap of the seeds, "
-            "stratified by task).", "", "| method | best of N | N = 1 | tasks | runs |", "|---|---|---|---|---|", *lines]
+            "stratified by task).", "", "| method | best of N | N = 1 | tasks | runs |", f"|{'---|' * 5}", *lines]
 
 
 # ---------------------------------------------------------------- CSVs to pictures
