@@ -436,9 +436,9 @@ class Agent(nn.Module):
         if num_candidates == 1:
             return candidates[:, 0]
         q = self.target_critic(observations, candidates).amin(0)  # (B, N)
-        probabilities = torch.softmax(self.args.inverse_temperature * q, 1)  # Eq. (8): softmax(w min_k Q'_k)
-        index = torch.multinomial(probabilities, 1, generator=generator)
-        return candidates[torch.arange(len(index), device=index.device), index[:, 0]]
+        gumbel = -torch.empty_like(q).exponential_(generator=generator).log()
+        index = (self.args.inverse_temperature * q + gumbel).argmax(1)  # Eq. (8): i ~ softmax(w min_k Q'_k)
+        return candidates[torch.arange(len(index), device=index.device), index]
 
     def charts(self):
         """What the log shows besides the losses."""

@@ -716,7 +716,7 @@ def main(argv=None):
             rows = torch.arange(step, step + args.num_envs, device=device) % capacity
             values = observations, actions, rewards, 1.0 - terminated, next_observations
             for column, value in zip(replay.values(), values):
-                column[rows] = torch.as_tensor(value, dtype=torch.float32, device=device)
+                column.index_copy_(0, rows, torch.as_tensor(value, dtype=torch.float32, device=device))
             step += args.num_envs
             bar.update(args.num_envs)
             observations = next_observations.copy()

@@ -889,8 +889,10 @@ class Recorder(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, operation, types, operands=(), options=None):
+        aten = torch.ops.aten
         assert operation.overloadpacket not in (
-            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal), f"{operation} waits"
+            aten._local_scalar_dense, aten.nonzero, aten.equal, aten.multinomial, aten._unique2, aten.unique_dim,
+            aten.masked_select), f"{operation} waits"
         found = operation(*operands, **(options or {}))
         self.calls.append((operation, operands, options or {}, found))
         return found
@@ -932,6 +934,27 @@ def as_on_a_gpu(m, counts):
          module.__dict__)
     module.capture, module.UPDATES_PER_REPLAY = capture, 2
     return module
+
+
+class Unmoving:
+    """Stands for an optimiser on the meta device, where those of torch do not work."""
+
+    def __init__(self, parameters, **options):
+        self.param_groups = [{"lr": torch.zeros((), device="meta")}]
+        self.zero_grad = self.step = lambda: None
+
+
+def test_updating_and_acting_read_nothing_back(m, monkeypatch):
+    """On the meta device tensors have no numbers: whoever asks for one, or for a copy on another device, fails."""
+    monkeypatch.setattr(torch.optim, "Adam", Unmoving)
+    monkeypatch.setattr(torch.optim, "AdamW", Unmoving)
+    agent = m.Agent(3, 2, m.Args(policy_width=16, critic_width=16), torch.device("meta"))
+    shapes = dict(observations=(8, 3), next_observations=(8, 3), actions=(8, 2), rewards=(8,), masks=(8,))
+    replay = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    parts = agent.update(m.sample(replay, 4))
+    assert {part.device.type for part in parts.values()} == {"meta"} and not any(part.dim() for part in parts.values())
+    for count in (1, 5):
+        assert agent.act(torch.empty(7, 3, device="meta"), count, None).shape == (7, 2)
 
 
 def test_replayed_updates_equal_eager_ones(m, data, tmp_path, monkeypatch):
