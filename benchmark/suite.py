@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import platform
 import queue
 import re
 import shlex
@@ -192,7 +193,6 @@ def train(run, retries, stopped=lambda: False, core=None, gpu=None):
             return 0, ""
         if stopped():
             return 130, ""
-        log_of(run).parent.mkdir(parents=True, exist_ok=True)
         with log_of(run).open("ab") as log:
             log.write(f"$ {shlex.join(['python', *command(run)])}\n".encode())
             log.flush()
@@ -201,12 +201,9 @@ def train(run, retries, stopped=lambda: False, core=None, gpu=None):
                 [sys.executable, "-c", SHIM, str(os.getpid()), str(core), *command(run)], cwd=ROOT,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,  # Ctrl-C comes through us
                 env={**os.environ, "OMP_NUM_THREADS": "1", **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})})
-            try:
-                while child.poll() is None and not stopped():  # no wait(): ray.cancel would not end that
-                    time.sleep(0.2)
-                interrupted = child.poll() is None
-            except KeyboardInterrupt:  # ray.cancel
-                interrupted = True
+            while child.poll() is None and not stopped():
+                time.sleep(0.2)
+            interrupted = child.poll() is None
             if interrupted:
                 child.terminate()
             code = child.wait()
@@ -218,6 +215,18 @@ def train(run, retries, stopped=lambda: False, core=None, gpu=None):
         if code >= 0 and code != 130:
             break
     return code, last
+
+
+def catch_signals(stop):
+    """Sets `stop` on SIGINT, SIGTERM and SIGHUP; a second one ends this process at once."""
+    def interrupt(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends this process at once
+        os.write(2, f"\n{signal.Signals(number).name}: waiting for the runs to save\n".encode())
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
 
 
 # ---------------------------------------------------------------- backends: yield (run, code, last line) or None
@@ -271,25 +280,29 @@ def on_ray(runs, args, stop):
     else:
         ray.init("local", log_to_driver=False, logging_level="ERROR", include_dashboard=False,
                  num_cpus=args.jobs or len(cores()), num_gpus=len(gpus()), object_store_memory=80_000_000)
+    catch_signals(stop)  # again: Ray took SIGTERM
     share = args.gpus_per_run if ray.cluster_resources().get("GPU") else 0
     task = ray.remote(num_cpus=1, num_gpus=share, max_retries=args.retries)(train)
-    waiting, tasks, cancelled = collections.deque(runs), {}, False
-    while waiting or tasks:
-        while waiting and not stop.is_set() and len(tasks) < (args.jobs or len(runs)):
-            run = waiting.popleft()
-            tasks[task.remote(run, args.retries)] = run
-        if stop.is_set() and not cancelled:
-            cancelled = True
-            waiting.clear()
-            for reference in tasks:
-                ray.cancel(reference)
-        for reference in ray.wait([*tasks], timeout=1)[0] if tasks else []:
-            try:
-                code, last = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                code, last = 130 if stop.is_set() else 1, f"{type(error).__name__}: {error}".splitlines()[0]
-            yield tasks.pop(reference), code, last
-        yield None
+    # A file tells the workers to stop: when ray.shutdown() ends them, they would kill their children, and ray.cancel()
+    # needs SIGINT, which is ignored under nohup.
+    marker = runs[0].folder.parent / f".stop-{platform.node()}-{os.getpid()}"
+    waiting, tasks = collections.deque(runs), {}
+    try:
+        while tasks or waiting and not stop.is_set():
+            while waiting and not stop.is_set() and len(tasks) < (args.jobs or len(runs)):
+                run = waiting.popleft()
+                tasks[task.remote(run, args.retries, marker.exists)] = run
+            if stop.is_set() and not marker.exists():
+                marker.touch()
+            for reference in ray.wait([*tasks], timeout=1)[0]:
+                try:
+                    code, last = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    code, last = 1, f"{type(error).__name__}: {error}".splitlines()[0]
+                yield tasks.pop(reference), code, last
+            yield None
+    finally:
+        marker.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- what a suite would do
@@ -380,22 +393,15 @@ def main(argv=None):
             print(f"{run.folder} was begun with other flags ({log_of(run)}): to begin anew, move it away",
                   file=sys.stderr)
     todo = sorted((run for run in runs if not done(run)), key=lambda run: not last_step(run))
+    runs[0].folder.parent.mkdir(parents=True, exist_ok=True)
     failed, stop = [], threading.Event()
-
-    def interrupt(number, frame):
-        signal.signal(number, signal.SIG_DFL)  # a second one ends this process at once
-        os.write(2, f"\n{signal.Signals(number).name}: waiting for the runs to save\n".encode())
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, interrupt)
+    catch_signals(stop)
     finished = len(runs) - len(todo)
     bar = tqdm(total=len(runs), initial=sum(map(fraction, runs)), smoothing=0,
                mininterval=1 if sys.stderr.isatty() else 60,
                bar_format="{desc} {percentage:.1f}%|{bar:20}| {elapsed} passed, {remaining} to go")
     try:
-        for event in (local if args.backend == "local" else on_ray)(todo, args, stop):
+        for event in (local if args.backend == "local" else on_ray)(todo, args, stop) if todo else ():
             if event:
                 run, code, last = event
                 if code and not stop.is_set():
