@@ -190,6 +190,102 @@ def test_reward_scale(tmp_path, monkeypatch):
     assert all(torch.equal(value, agents[1][key]) for key, value in agents[0].items())
 
 
+def recorded(monkeypatch, action=None):
+    """Stubs the evaluations and returns lists that fill with batches and with the observations that the policy acts
+    on; its action then is `action`, if that is given."""
+    batches, acted = [], []
+
+    def update(agent, batch, original=m.Agent.update):
+        batches.append({key: value.clone() for key, value in batch.items()})
+        return original(agent, batch)
+
+    def act(agent, observations, num_candidates, generator=None, original=m.Agent.act):
+        acted.append(observations.clone())
+        actions = original(agent, observations, num_candidates, generator)
+        return actions if action is None else torch.full_like(actions, action)
+
+    monkeypatch.setattr(m.Agent, "update", update)
+    monkeypatch.setattr(m.Agent, "act", act)
+    monkeypatch.setattr(m, "evaluate", lambda *_: {})
+    return batches, acted
+
+
+def test_random_actions_until_learning_starts(tmp_path, monkeypatch):
+    """Uniform over the whole box; from then on the policy acts, on each observation, and a batch is rows that have
+    been filled, the newest among them."""
+    batches, acted = recorded(monkeypatch)
+    run = train(tmp_path, "--env-id", "Walk-v0", "--learning-starts", "300", "--utd", "1", "--batch-size", "64")
+    replay = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]
+    first = replay["actions"][:300].sort(0).values
+    uniform = 2 * (torch.arange(300) + 0.5) / 300 - 1
+    assert (first - uniform.unsqueeze(1)).abs().max() < 0.25  # Kolmogorov and Smirnov at 2e-4
+    assert torch.equal(torch.cat(acted), replay["observations"][300:])
+    assert len(acted) == 30 and len(batches) == 90
+    newest = []
+    for update, batch in enumerate(batches):
+        filled = 300 + 3 * (update // 3 + 1)
+        same = (batch["observations"].unsqueeze(1) == replay["observations"][:filled]).all(2)
+        assert same.any(1).all(), "a row that nothing has been written to yet"
+        index = same.float().argmax(1)  # the first of equal ones; every row is one of the buffer in all its columns
+        assert all(torch.equal(value, replay[key][index]) for key, value in batch.items())
+        newest.append(filled - 1 - index.max().item())
+    assert min(newest) == 0
+
+
+def test_a_full_buffer_holds_the_newest_transitions(tmp_path, monkeypatch):
+    """Also where it is no multiple of the environments: row = number of the transition modulo the size."""
+    replays = []
+    for size in ("1000", "100"):
+        batches, _ = recorded(monkeypatch)
+        run = train(tmp_path / size, "--learning-starts", "387", "--buffer-size", size, "--env-id", "Walk-v0")
+        replays.append(torch.load(run / "checkpoint.pt", weights_only=True)["replay"])
+    for key, value in replays[1].items():
+        assert len(value) == 100
+        numbers = torch.arange(290, 390)
+        assert torch.equal(value[numbers % 100], replays[0][key][numbers]), key
+    last = replays[1]["observations"]
+    assert (batches[-1]["observations"].unsqueeze(1) == last).all(2).any(1).all()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_exploration_noise(tmp_path, monkeypatch, noise):
+    """Gaussian, of that deviation, new for each environment and step, and clipped to the box; the policy says 0.8."""
+    recorded(monkeypatch, 0.8)
+    run = train(tmp_path, "--exploration-noise", str(noise), "--total-timesteps", "690", "--utd", "0.05")
+    actions = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]["actions"][90:]
+    if noise == 0:
+        assert (actions == torch.tensor(0.8)).all()
+        return
+    inside = actions[actions < 1]
+    assert actions.max() == 1 and (actions == 1).float().mean().item() == pytest.approx(0.345, abs=0.08)  # P(e > 0.4)
+    assert len(inside.unique()) == len(inside) and actions.min() < -0.2
+    below = (0.8 - actions[actions < 0.8]) / noise  # half a normal distribution
+    assert len(below) == pytest.approx(300, abs=50) and below.square().mean().item() == pytest.approx(1, abs=0.3)
+
+
+def test_every_seed_has_its_own_episodes(tmp_path, monkeypatch):
+    recorded(monkeypatch)
+    starts = []
+    for seed in ("1", "2"):
+        run = train(tmp_path / seed, "--env-id", "Walk-v0", "--seed", seed, "--utd", "0.01")
+        before = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]["observations"]
+        starts += before[before[:, 0] == 0][:, 2].tolist()
+    assert len(set(starts)) == len(starts) > 100
+
+
+def test_intervals_that_are_no_multiple_of_the_environments(tmp_path, monkeypatch):
+    """A row, an evaluation and a checkpoint where all environments have passed the multiple."""
+    recorded(monkeypatch)
+    monkeypatch.setattr(m, "evaluate", lambda *inputs: {"eval/step": inputs[5]})
+    saved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: saved.append(paths[1].name) or replace(*paths))
+    run = train(tmp_path, "--log-interval", "50", "--eval-interval", "100", "--checkpoint-interval", "130")
+    rows = outcome(run)[2]
+    assert [row["step"] for row in rows if "losses/actor" in row] == [102, 150, 201, 252, 300, 351]
+    assert [row["eval/step"] for row in rows if "eval/step" in row] == [102, 201, 300, 390]
+    assert saved.count("checkpoint.pt") == 4  # at 132, 261 and 390, and after the last evaluation
+
+
 @pytest.mark.parametrize("flags, reason", [
     (["--env-id", "CartPole-v1"], "actions must be vectors"),
     (["--env-id", "Nothing-v9"], "doesn't exist"),
