@@ -118,6 +118,9 @@ def test_resume_is_exact(baseline, data, tmp_path, monkeypatch):
         assert (run / "done.json").exists() == (code == 0)
     assert rows(run) == rows(tmp_path / "whole")
     contents = (run / "metrics.jsonl").read_bytes()
+    (run / "done.json").unlink()  # as if killed just before it was written
+    assert baseline.main(more) == 0 and (run / "done.json").exists()
+    assert (run / "metrics.jsonl").read_bytes() == contents
     monkeypatch.setattr(common, "train", kill)
     assert baseline.main(more) == 0  # done: at once
     assert (run / "metrics.jsonl").read_bytes() == contents
@@ -145,3 +148,25 @@ def test_a_loss_that_is_not_finite_ends_the_run(baseline, data, tmp_path, capfd)
     assert baseline.main(flags(baseline, data, tmp_path, "--learning-rate", "1e9", "--tau", "1")) == 3
     assert "losses/" in capfd.readouterr().err
     assert not list(tmp_path.glob("*/done.json"))
+
+
+def test_a_missing_package_is_named(baseline, data, tmp_path, monkeypatch):
+    package = PACKAGES[baseline.STEM]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(mfql_offline.BadInput, match=f"pip install .*{package.replace('_', '-')}=="):
+        baseline.main(flags(baseline, data, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_iql_scales_rewards_and_decays_the_actors_learning_rate(data, tmp_path, monkeypatch):
+    pytest.importorskip("d3rlpy")
+    import iql
+    shown, sample = [], mfql_offline.sample
+    monkeypatch.setattr(mfql_offline, "sample", lambda replay, count: shown.append(replay) or sample(replay, count))
+    assert iql.main(flags(iql, data, tmp_path, "--reward-scale", "None", "--reward-shift", "-1")) == 0
+    rewards = mfql_offline.load_hdf5("Short-v0", data)[1]["rewards"]
+    found = mfql_offline.load(tmp_path / "Short-v0__iql__1", "iql")[1]
+    scaled = 1000 / (found["data"]["best"] - found["data"]["worst"]) * torch.as_tensor(rewards) - 1
+    torch.testing.assert_close(shown[0]["rewards"][:, 0], scaled.float())
+    assert found["state"]["actor_optim"]["optim"]["param_groups"][0]["lr"] < 1e-12
+    assert iql.task_defaults("Hopper-v4") == iql.task_defaults("meanflow/hopper/medium-replay-v0") != {}

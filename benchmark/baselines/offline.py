@@ -58,6 +58,9 @@ def main(stem, description, defaults, create, argv=None, task_defaults=lambda en
     if checkpoint == "done":
         return 0
     try:
+        import gym_notices.notices
+
+        gym_notices.notices.notices.clear()  # d3rlpy imports gym, which would advise the user against it
         import d3rlpy
     except ImportError as error:
         raise BadInput(f"{error}; {INSTALL}") from error
