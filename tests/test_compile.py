@@ -36,16 +36,24 @@ def train(m, updates, device, graph=False, **flags):
     return {name: value.clone() for name, value in agent.state_dict().items()}
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, rtol=1e-3, atol=1e-4):
+    """By default as on a GPU, where nobody has measured how much less would do."""
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: name + text)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_compiled_updates_equal_eager_ones(script):
-    """After 50 updates the parameters, the learning rates, alpha and the moving averages are alike."""
+    """After 50 updates the parameters, the learning rates, alpha and the moving averages are alike, within less than
+    what any one step of any network does: the 49 updates before the last are not alike in one of them."""
     m, cpu = importlib.import_module(script), torch.device("cpu")
+    more = dict(ema_start=0, ema_rate=0.5) if script == "ofql_offline" else {}
     with torch._inductor.config.patch(fallback_random=True):  # SOM draws in the compiled loss
-        compiled = train(m, 50, cpu, compile=True)
-    assert_close(compiled, train(m, 50, cpu))
+        compiled = train(m, 50, cpu, compile=True, **more)
+    near = dict(rtol=1e-5, atol=5e-6)  # measured: 2e-6 at most, and one step 1e-5 at least
+    assert_close(compiled, train(m, 50, cpu, **more), **near)
+    before = train(m, 49, cpu, **more)
+    for network in {name.split(".")[0] for name in before if "." in name}:
+        with pytest.raises(AssertionError, match=network):
+            assert_close(compiled, {name: value for name, value in before.items() if name.startswith(network)}, **near)

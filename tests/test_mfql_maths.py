@@ -490,8 +490,8 @@ def test_alpha_stays_within_a_tenth_and_ten_times_its_start():
     args = m.Args(alpha=10.0, offline_steps=2000)
     up = adaptive_alpha([6.0**i for i in range(40)], args)[0]
     down = adaptive_alpha([7.0**-i for i in range(40)], args)[0]
-    assert up[:2] == [10.0, 10.0], "one value in the window is not enough"
-    assert up[2] == 10.0 or up[2] == pytest.approx(12.0)
+    assert up[:2] == down[:2] == [10.0, 10.0], "one value in the window is not enough"
+    assert (up[2], down[2]) == pytest.approx((12.0, 8.0))  # 36 is above five times 3.5, 1/49 below a fifth of 4/7
     assert up[-1] == 100.0 and max(up) == 100.0
     assert down[-1] == min(down) == pytest.approx(1.0)
 

@@ -413,6 +413,24 @@ def test_from_checkpoint_equals_both_phases(data, tmp_path):
     assert metrics(online) == later[1:]  # the first are the losses of the last offline step
 
 
+def test_from_checkpoint_of_a_run_that_was_cut_short(data, tmp_path, monkeypatch):
+    """The online phase begins where that one stopped, whatever it had been meant to do."""
+    update = mfql_offline.Agent.update
+
+    def interrupted(agent, batch):
+        if agent.updates == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(agent, batch)
+
+    monkeypatch.setattr(mfql_offline.Agent, "update", interrupted)
+    monkeypatch.setattr(m, "evaluate", lambda *_: {})
+    offline = train(mfql_offline, data, tmp_path / "offline", code=130)
+    assert m.main(["--from-checkpoint", str(offline), "--online-steps", "3", "--runs-dir", str(tmp_path / "on")]) == 0
+    state = checkpoint(next((tmp_path / "on").iterdir()))
+    assert (state["step"], state["agent"]["updates"], state["online"]["steps"]) == (8, 8, 3)
+    assert state["args"]["offline_steps"] == 5
+
+
 def test_from_checkpoint_with_another_seed(data, tmp_path):
     """Other batches and other noise, not only other episodes; and another alpha is taken."""
     offline = train(mfql_offline, data, tmp_path / "offline")

@@ -16,19 +16,22 @@ MAX_COLUMNS = 119
 MAY_DIFFER = {  # name: why any two scripts may write it differently
     "Args": "its second half holds the algorithm's own flags; the first half is compared by itself",
     "task_defaults": "it turns a row of TASKS into flags, which are the algorithm's own",
-    "Agent": "networks, optimisers and schedules are the algorithm's own",
+    "Agent": "networks, optimisers and schedules are the algorithm's own; methods are compared by themselves",
+    "Agent.update": "the online phase has schedules of its own",
     "main": "offline and online loops; the functions within are compared by themselves",
     "main.save": "online runs have a replay buffer",
     "main.update": "batches of the data or of what the online phase has filled",
 }
 PAPERS_DIFFER = {"TASKS", "LOCOMOTION", "Policy", "TwinCritic", "sample_times", "mean_flow_output_and_target",
-                 "mean_flow_loss", "one_step_action", "best_of_n", "critic_loss", "actor_loss"}
+                 "mean_flow_loss", "one_step_action", "best_of_n", "critic_loss", "actor_loss",
+                 "Agent.__init__", "Agent.act", "Agent.charts"}
 PAPER = {"mfql_offline_to_online.py": "mfql_offline.py"}  # of the same paper, whose networks and equations it shares
 MUST_SHARE = {  # names that may not be renamed in one of these scripts alone
     ("mfql_offline.py", "mfql_offline_to_online.py"): {
         "gelu", "RMSNorm", "Block", "Policy", "TwinCritic", "sample_time", "mean_flow_output_and_target",
         "mean_flow_loss", "one_step_action", "best_of_n", "critic_loss", "actor_loss", "losses",
-        "actor_learning_rate", "next_alpha_factor", "TASKS", "LOCOMOTION", "BUNDLED"},
+        "actor_learning_rate", "next_alpha_factor", "TASKS", "LOCOMOTION", "BUNDLED", "Agent.__init__",
+        "Agent.act", "Agent.charts"},
     ("mfql_offline.py", "ofql_offline.py", "mfql_offline_to_online.py"): {
         "D4RL", "load_hdf5", "load_minari", "prepare"},
     ("mfql_offline.py", "ofql_offline.py", "mfql_offline_to_online.py", "som_online.py"): {
@@ -47,13 +50,13 @@ def scripts(folder):
 
 
 def definitions(path):
-    """{name: text} of a file's top-level functions, classes and constants, of the functions in `main` as main.name and
-    of what runs at the end as __main__: whole lines, decorators included."""
+    """{name: text} of a file's top-level functions, classes and constants, of the functions in `main` and `Agent` as
+    main.name and Agent.name, and of what only a program runs as __main__: whole lines, decorators included."""
     text, found = path.read_text(), {}
     nodes = [(node, "") for node in ast.parse(text).body]
     for node, _ in list(nodes):
-        if isinstance(node, ast.FunctionDef) and node.name == "main":
-            nodes += [(inner, "main.") for inner in node.body if isinstance(inner, ast.FunctionDef)]
+        if getattr(node, "name", None) in ("main", "Agent"):
+            nodes += [(inner, f"{node.name}.") for inner in node.body if isinstance(inner, ast.FunctionDef)]
     for node, prefix in nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names = [prefix + node.name]
@@ -66,7 +69,8 @@ def definitions(path):
         else:
             continue
         first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-        found |= dict.fromkeys(names, "\n".join(text.splitlines()[first - 1:node.end_lineno]))
+        lines = "\n".join(text.splitlines()[first - 1:node.end_lineno])
+        found |= dict.fromkeys(names, found.get("__main__", "") + lines if isinstance(node, ast.If) else lines)
     return found
 
 
@@ -136,6 +140,9 @@ import os
 
 import numpy as np
 
+if __name__ == "__main__":
+    print("early")
+
 RATE: float = 0.5
 LOW, HIGH = -1, 1
 URLS = (
@@ -158,6 +165,12 @@ class Args:
 
 class Agent:
     """{doc}"""
+
+    def update(self):
+        return "{doc}"
+
+    def load(self):
+        return 3
 
 
 @cached
@@ -222,7 +235,9 @@ def test_scripts_that_differ_where_they_may(tmp_path):
     ('Beta."""\nimport', f'Beta.{"x" * (120 - 11)}"""\nimport', "beta_offline.py:1: 120 columns"),
     ("seed: int = 1", "seed: int = 1" + " " * 120, "columns"),
     ("        print(x)", "        print(x, x)", "main.log differs"),
+    ("        return 3", "        return 4", "Agent.load differs"),
     ("    main()\n", "    main(1)\n", "__main__ differs"),
+    ('print("early")', "print()", "__main__ differs"),
 ])
 def test_drift_is_found(tmp_path, old, new, complaint):
     """Each change of one of two equal scripts must be noticed, and named."""
