@@ -332,8 +332,9 @@ def test_online_alpha_moves_on_a_straight_line(steps):
 
 # ---------------------------------------------------------------- resuming and starting from an offline run
 @pytest.mark.parametrize("stops", [(5,), (OFFLINE,), (OFFLINE + 1,), (3, OFFLINE - 1, 30, 31)])
-@pytest.mark.parametrize("more", [[], ["--buffer-size", str(ROWS + 7), "--utd", "2", "--online-alpha", "0.2",
-                                       "--online-alpha-steps", "50", "--exploration-noise", "0.1"]])
+@pytest.mark.parametrize("more", [["--utd", "0.5"],  # step 32 logs the losses of step 31
+                                  ["--buffer-size", str(ROWS + 7), "--utd", "2", "--online-alpha", "0.2",
+                                   "--online-alpha-steps", "50", "--exploration-noise", "0.1"]])
 def test_interrupted_runs_continue_bit_for_bit(data, tmp_path, monkeypatch, stops, more):
     """SIGTERM before, at and after the change, in the middle of episodes, also with a ring that has wrapped while
     alpha is still moving."""
