@@ -238,9 +238,8 @@ class Campaign:
                   f"--seed {self.options.seed} --script {self.options.script}", flush=True)
 
     def kill(self, number):
-        """Every place in every script in turn."""
         rng, folder = random.Random(f"kill {self.options.seed} {number}"), self.folder / f"kill{number}"
-        m, place = self.scripts[number % len(self.scripts)], PLACES[number // len(self.scripts) % len(PLACES)]
+        m, place = self.scripts[number % len(self.scripts)], rng.choice(PLACES)
         how, kill, act = signal.SIGTERM if place == "SIGTERM" else signal.SIGKILL, (), lambda: None
         if place in tests.PLACES:
             count = rng.randint(1, 22 if place in ("update", "evaluation", "SIGTERM") else 5)
@@ -257,7 +256,9 @@ class Campaign:
             found = differences(run, self.whole[m.SCRIPT, "hdf5"]) + list(run.glob("*.tmp"))
         if code not in (0, 130, *[-how] * (place != "SIGTERM")):
             outcome = f"code {code}"
-        elif found or "Traceback" in err + more:
+        elif "Traceback" in err + more:
+            outcome = "traceback"
+        elif found:
             outcome = "resumed to something else"
         what = f"{place} {how.name}" if kill else place
         self.note(what, outcome, f"{m.SCRIPT}, {found}, {(err + more)[-300:]!r}", folder)
@@ -273,7 +274,9 @@ class Campaign:
         found, outcome = [], {0: "ok: runs", 2: "ok: refused", 3: "ok: non-finite"}.get(code, f"code {code}")
         if code == 0 and may != "nothing" and kind != "flag":
             outcome, found = "ok: the same", differences(next((folder / "runs").iterdir()), self.whole[m.SCRIPT, kind])
-        if len(said) > 1 or code == 2 and not err.strip():
+        if "Traceback" in err:
+            outcome = "traceback"
+        elif len(said) > 1 or code == 2 and not err.strip():
             outcome = f"code {code}, {len(said)} lines"
         elif code == 2 and kind in ("hdf5", "minari") and (folder / "runs").exists():
             outcome = "refused, left a run folder"
