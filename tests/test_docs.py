@@ -200,7 +200,7 @@ def test_citation_names_the_papers_of_the_scripts():
     heads = [path.read_text()[:900] for path in ROOT.glob("*.py")]
     numbers = {number for head in heads for number in re.findall(r"arXiv (\d{4}\.\d{5})", head)}
     for page in ((ROOT / "CITATION.cff").read_text(), PAGES["README.md"]):
-        assert numbers <= set(re.findall(r"\d{4}\.\d{5}", page)), numbers
+        assert numbers <= set(re.findall(r"(?:arXiv:|abs/)(\d{4}\.\d{5})", page)), numbers
 
 
 # ---------------------------------------------------------------- snippets
@@ -219,8 +219,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_snippets_run(folder):
-    """Own data from docs/data.md, OFQL on them, its policy as docs/reference.md uses it, and a copy of the script that is
-    changed as it shows."""
+    """Own data from docs/data.md, OFQL on them, its policy as docs/reference.md uses it, and its changed copy."""
     import ofql_offline
 
     own_data, = blocks("docs/data.md", "python")
