@@ -3,6 +3,7 @@
 Three things are simpler than there: --resume takes only auto, a run goes on with the flags that it began with, and a
 finished run cannot be made longer.
 """
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +24,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import mfql_offline  # noqa: E402
 from mfql_offline import BadInput, blame  # noqa: E402
+
+with contextlib.suppress(ImportError):  # without it nothing imports gym, which would advise the user against itself
+    import gym_notices.notices
+
+    gym_notices.notices.notices.clear()
 
 
 @dataclass
@@ -225,9 +231,11 @@ def call(main, stem):
     sys.stdout.reconfigure(line_buffering=True)
     try:
         sys.exit(main())
-    except (BadInput, OSError) as error:  # OSError: a full disk, a vanished folder, a closed pipe
+    except (BadInput, OSError, MemoryError, RuntimeError) as error:  # OSError: full disk, lost folder, closed pipe
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's error for sizes that do not fit
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python minds the closed pipe once more
-        print(f"{stem}: {' '.join(str(error).split())}", file=sys.stderr)
+        tqdm.write(f"{stem}: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{stem}: interrupted", file=sys.stderr)

@@ -1,8 +1,8 @@
 """The training loop of the offline baselines, whose algorithms are d3rlpy's.
 
 d3rlpy gives networks, losses and optimizers. Data, batches, evaluation and the run folder are those of the scripts at
-the top, since d3rlpy's own loop builds each batch in Python, ten times slower, and cannot be continued.
-It asks for gymnasium 1.0 but works with ours, so it is installed without its pins: see INSTALL.
+the top, since d3rlpy's own loop collects each batch row by row in Python and cannot be continued.
+d3rlpy 2.8.1 asks for gymnasium 1.0 but works with ours, so it is installed without its pins: see INSTALL.
 """
 import pathlib
 import sys
@@ -58,9 +58,6 @@ def main(stem, description, defaults, create, argv=None, task_defaults=lambda en
     if checkpoint == "done":
         return 0
     try:
-        import gym_notices.notices
-
-        gym_notices.notices.notices.clear()  # d3rlpy imports gym, which would advise the user against it
         import d3rlpy
     except ImportError as error:
         raise BadInput(f"{error}; {INSTALL}") from error
