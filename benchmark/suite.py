@@ -38,17 +38,20 @@ from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = "offline_steps", "online_steps", "total_timesteps"  # the flags that make up the length of a run
-# Steps per second on one core of an AMD EPYC (Zen 4), the papers' sizes, not compiled; `rate` of a method in a suite
-# goes before that, and before both what earlier runs of the suite logged.
-RATES = {"mfql_offline.py": 4.0, "ofql_offline.py": 32.0, "som_online.py": 18.0}
+# Steps per second of CPU time on one core (AMD EPYC, Zen 4) beside other work: default sizes, Hopper, not compiled.
+# `rate` of a method in a suite goes before that, and before both what earlier runs of the suite logged.
+RATES = {"mfql_offline.py": 2.5, "ofql_offline.py": 23.0, "benchmark/baselines/td3_bc.py": 108.0,
+         "benchmark/baselines/iql.py": 70.0}
 PACKAGES = {  # what a command that matches needs beyond requirements.txt
     r"singletask": "ogbench", r"--env-id (kitchen|pen|door|hammer|relocate)-": "gymnasium_robotics",
     r"baselines/(td3_bc|iql)\.py": "d3rlpy", r"baselines/sac\.py": "stable_baselines3",
 }
-# Becomes the command, after it has asked the kernel for a SIGTERM at its parent's death and gone to its core.
-SHIM = """import ctypes, os, sys
+# Becomes the command, after it has asked the kernel for a SIGHUP at its parent's death and gone to its core. SIGHUP: a
+# scheduler may send SIGTERM to all processes, and a script that gets the same signal twice ends without saving.
+SHIM = """import ctypes, os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup is for this process's parent
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 15)
+    ctypes.CDLL(None).prctl(1, signal.SIGHUP)
     if sys.argv[2] != "None":
         os.sched_setaffinity(0, [int(sys.argv[2])])
 if os.getppid() != int(sys.argv[1]):
@@ -205,7 +208,7 @@ def train(run, retries, stopped=lambda: False, core=None, gpu=None):
                 time.sleep(0.2)
             interrupted = child.poll() is None
             if interrupted:
-                child.terminate()
+                child.send_signal(signal.SIGHUP)
             code = child.wait()
         with log_of(run).open("rb") as log:
             log.seek(start)
@@ -325,11 +328,11 @@ def missing(runs):
             as_it_is = "-v2" in env_id and (fetch.d4rl_source(env_id) or [""])[0] == "gym_mujoco_v2"
             file = usual / (fetch.d4rl_source(env_id)[1] if as_it_is else f"flat/{env_id}.hdf5")
             if not file.exists():
-                yield f"data {file} (the first run fetches it, or: python data/fetch.py {env_id})"
+                yield f"data {file}, python data/fetch.py {env_id}"
         elif "/" in env_id and not (ROOT / "data" / env_id).exists():
             minari = pathlib.Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
             if not (minari / env_id).exists():
-                yield f"data {minari / env_id} (Minari fetches it)"
+                yield f"data {minari / env_id}, minari download {env_id}"
         for pattern, package in PACKAGES.items():
             if re.search(pattern, shlex.join([run.script, *run.flags])) and not importlib.util.find_spec(package):
                 yield f"package {package}"
@@ -353,7 +356,7 @@ def dry_run(contents, runs, args):
         print(f"# {i}: {run.folder.name}, {state}\npython {shlex.join(command(run))}")
     lines = missing(runs) + ([] if gpus() else ["no NVIDIA GPU: the runs use the CPU"])
     print("\n# missing here\n" + "\n".join(lines or ["nothing"]))
-    total, basis = 0.0, []
+    total = 0.0
     print("\n# cost, evaluations not counted")
     for method in contents["methods"]:
         own = [run for run in runs if run.label == method["label"]]
@@ -362,7 +365,7 @@ def dry_run(contents, runs, args):
         if rate is None:
             rate, basis = method.get("rate"), "rate of the suite"
         if rate is None:
-            rate, basis = RATES.get(method["script"]), "one CPU core, the papers' sizes"
+            rate, basis = RATES.get(method["script"]), "one CPU core, default sizes"
         if rate is None or not all(map(length, own)):
             print(f"{method['label']}: {len(own)} runs, unknown: no rate or no length")
             continue

@@ -1,5 +1,5 @@
 """benchmark/suite.py: what it runs and in which order, that a failure stays one, and that kills cost nothing."""
-import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -142,9 +142,9 @@ seeds = [2, 3]
         "A___one__1", "A___two-v2__1", "A___one__2", "B__one__2", "A___two-v2__2", "B__one__3"]
     assert runs[0].flags == ("--gamma", "0.9", "--tau", "0.1", "--env-id", "One-v0", "--dataset-path", "a b")
     assert runs[1].flags == ("--gamma", "0.9", "--tau", "0.1", "--env-id", "two-v2")
-    assert suite.command(runs[3]) == ["b.py", "--gamma", "0.9", "--env-id", "One-v0", "--dataset-path", "a b", "--seed",
-                                      "2", "--runs-dir", str(tmp_path / "tiny"), "--run-name", "B__one__2",
-                                      "--resume", "auto"]
+    assert suite.command(runs[3]) == [
+        "b.py", "--gamma", "0.9", "--env-id", "One-v0", "--dataset-path", "a b", "--seed", "2",
+        "--runs-dir", str(tmp_path / "tiny"), "--run-name", "B__one__2", "--resume", "auto"]
     assert suite.load_suite(str(path))[1][0].folder == ROOT / "runs" / "tiny" / "A___one__1"
 
 
@@ -243,11 +243,12 @@ def test_a_dry_run_prints_commands_costs_and_what_is_missing_and_writes_nothing(
     environment = {**os.environ, "D4RL_DATASET_DIR": str(tmp_path)}
     command = [sys.executable, "benchmark/suite.py", str(path), "--runs-dir", str(tmp_path), "--dry-run"]
     said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    for expected in (f"# 0: Fake__hopper-medium-v2__1, new\npython {tmp_path}/fake.py --offline-steps 10 --env-id hopper",
-                     f"data {tmp_path}/hopper_medium-v2.hdf5", "package ogbench" * (not suite.importlib.util.find_spec(
-                         "ogbench")), f"{tmp_path}/flat/cube-single-play-singletask-v0.hdf5", "no NVIDIA GPU",
+    for expected in (f"# 0: Fake__hopper-medium-v2__1, new\npython {tmp_path}/fake.py --offline-steps 10 --env-id hop",
+                     f"data {tmp_path}/hopper_medium-v2.hdf5", "no NVIDIA GPU",
+                     f"{tmp_path}/flat/cube-single-play-singletask-v0.hdf5",
                      "Fake: 3 runs, 30 steps left, at 2.0 per second (rate of the suite)"):
         assert expected in said
+    assert ("package ogbench" in said) == (importlib.util.find_spec("ogbench") is None)
     assert "Hopper-v4.hdf5" not in said and not (tmp_path / "fake").exists()
     run(path, tmp_path, "--index", "0")
     said, _ = run(path, tmp_path, "--dry-run")
@@ -259,8 +260,10 @@ def test_kills_and_interruptions_cost_nothing(tmp_path, undisturbed):
     path, folder = write(tmp_path), tmp_path / "tiny" / "OFQL__the_bundled__1"
     process = begin(path, tmp_path)
     child, _ = next_row(folder)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    os.kill(child, signal.SIGTERM)  # as schedulers do: to everybody
     said = process.communicate(timeout=120)
+    assert "interrupted at step" in folder.with_name(folder.name + ".log").read_text()
     assert process.returncode == 130 and not training(folder)
     assert re.search(r"stopped after 0 of 1 runs, all have saved; continue with: python benchmark/suite.py .*\n$",
                      said[1])
@@ -268,7 +271,8 @@ def test_kills_and_interruptions_cost_nothing(tmp_path, undisturbed):
     next_row(folder)
     process.kill()
     process.communicate()
-    until(lambda: not training(folder), 20)  # the kernel told it, it has saved
+    until(lambda: not training(folder))
+    assert folder.with_name(folder.name + ".log").read_text().count("interrupted at step") == 2  # the kernel told it
     assert not (folder / "done.json").exists()
     run(path, tmp_path)
     assert (tmp_path / "tiny" / "OFQL__the_bundled__1.log").read_text().count("$ python") == 3
