@@ -274,6 +274,7 @@ def local(runs, args, stop):
 
 def on_ray(runs, args, stop):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")  # else with SIGKILL, before they have saved
     try:
         import ray
     except ImportError as error:
@@ -286,8 +287,7 @@ def on_ray(runs, args, stop):
     catch_signals(stop)  # again: Ray took SIGTERM
     share = args.gpus_per_run if ray.cluster_resources().get("GPU") else 0
     task = ray.remote(num_cpus=1, num_gpus=share, max_retries=args.retries)(train)
-    # A file tells the workers to stop: when ray.shutdown() ends them, they would kill their children, and ray.cancel()
-    # needs SIGINT, which is ignored under nohup.
+    # A file tells the workers to stop: ray.cancel() needs SIGINT, which nohup and shells in the background ignore.
     marker = runs[0].folder.parent / f".stop-{platform.node()}-{os.getpid()}"
     waiting, tasks = collections.deque(runs), {}
     try:
