@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = "offline_steps", "online_steps", "total_timesteps"  # the flags that make up the length of a run
-# Steps per second of CPU time on one core (AMD EPYC, Zen 4) beside other work: default sizes, Hopper, not compiled.
+# Steps per second of CPU time on one core of an Intel Xeon, beside other work: default sizes, Hopper, not compiled.
 # `rate` of a method in a suite goes before that, and before both what earlier runs of the suite logged.
 RATES = {"mfql_offline.py": 2.5, "ofql_offline.py": 23.0, "benchmark/baselines/td3_bc.py": 108.0,
          "benchmark/baselines/iql.py": 70.0}

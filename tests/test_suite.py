@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
 import suite  # noqa: E402
 
+BEGUN = []  # the suites that a test has begun
 SUITES = sorted(path.stem for path in (ROOT / "benchmark" / "suites").glob("*.toml"))
 FAKE = """
 import argparse, json, os, pathlib, signal, sys
@@ -62,9 +63,19 @@ def fake(folder, *tasks, seeds="[1]", more=""):
                          + "".join(f'"{task}" = {{}}\n' for task in tasks), "fake")
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """A test that fails leaves no suite running."""
+    yield
+    while BEGUN:
+        BEGUN.pop().kill()
+
+
 def begin(path, folder, *more):
-    return subprocess.Popen([sys.executable, "benchmark/suite.py", str(path), "--runs-dir", str(folder), *more],
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    BEGUN.append(subprocess.Popen(
+        [sys.executable, "benchmark/suite.py", str(path), "--runs-dir", str(folder), *more], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return BEGUN[-1]
 
 
 def run(path, folder, *more, code=0):
@@ -93,7 +104,7 @@ def training(run):
     return None
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=240):
     """The first true value of `condition`."""
     deadline = time.time() + seconds
     while time.time() < deadline:
@@ -262,7 +273,7 @@ def test_kills_and_interruptions_cost_nothing(tmp_path, undisturbed):
     child, _ = next_row(folder)
     process.send_signal(signal.SIGTERM)
     os.kill(child, signal.SIGTERM)  # as schedulers do: to everybody
-    said = process.communicate(timeout=120)
+    said = process.communicate(timeout=240)
     assert "interrupted at step" in folder.with_name(folder.name + ".log").read_text()
     assert process.returncode == 130 and not training(folder)
     assert re.search(r"stopped after 0 of 1 runs, all have saved; continue with: python benchmark/suite.py .*\n$",
@@ -295,7 +306,7 @@ def test_ray_survives_kills_of_training_worker_and_driver(tmp_path, undisturbed)
     process = begin(path, tmp_path, "--backend", "ray", "--jobs", "2")
     next_row(folder)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)
+    said = process.communicate(timeout=240)
     assert process.returncode == 130 and "all have saved; continue with" in said[1] and not training(folder)
     assert not (folder / "done.json").exists()
     assert folder.with_name(folder.name + ".log").read_text().count("interrupted at step") == 3  # saved, each time
