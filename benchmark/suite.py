@@ -41,7 +41,7 @@ STEPS = "offline_steps", "online_steps", "total_timesteps"  # the flags that mak
 # Steps per second of CPU time on one core of an Intel Xeon, beside other work: default sizes, Hopper, not compiled.
 # `rate` of a method in a suite goes before that, and before both what earlier runs of the suite logged.
 RATES = {"mfql_offline.py": 2.5, "ofql_offline.py": 23.0, "benchmark/baselines/td3_bc.py": 108.0,
-         "benchmark/baselines/iql.py": 70.0}
+         "benchmark/baselines/iql.py": 70.0, "som_online.py": 11.0}
 PACKAGES = {  # what a command that matches needs beyond requirements.txt
     r"singletask": "ogbench", r"--env-id (kitchen|pen|door|hammer|relocate)-": "gymnasium_robotics",
     r"baselines/(td3_bc|iql)\.py": "d3rlpy", r"baselines/sac\.py": "stable_baselines3",
@@ -379,8 +379,13 @@ def dry_run(contents, runs, args):
 # ---------------------------------------------------------------- main
 def main(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.jobs is not None and args.jobs < 1 or args.gpus_per_run < 0 or args.retries < 0:
+        raise BadInput("--jobs must be at least 1, --gpus-per-run and --retries at least 0")
     contents, runs = load_suite(args.suite, args.runs_dir)
-    runs = [run for run in runs if re.search(args.only or "", run.folder.name)]
+    try:
+        runs = [run for run in runs if re.search(args.only or "", run.folder.name)]
+    except re.error as error:
+        raise BadInput(f"--only {args.only}: {error}") from error
     if args.index is not None and not 0 <= args.index < len(runs):
         raise BadInput(f"--index {args.index}: there are {len(runs)} runs")
     runs = runs if args.index is None else [runs[args.index]]
@@ -417,11 +422,11 @@ def main(argv=None):
     finally:
         stop.set()
         bar.close()
+    print("\n".join([f"{finished} of {len(runs)} runs done in {runs[0].folder.parent}", *failed]))
     if finished + len(failed) < len(runs):
         print(f"stopped after {finished} of {len(runs)} runs, all have saved; continue with: "
               f"python benchmark/suite.py {shlex.join(argv or sys.argv[1:])}", file=sys.stderr)
         return 130
-    print("\n".join([f"{finished} of {len(runs)} runs done in {runs[0].folder.parent}", *failed]))
     return 1 if failed else 0
 
 

@@ -175,9 +175,14 @@ def test_a_wrong_suite_is_refused_in_one_line(old, new, expected, tmp_path):
     assert expected in str(error.value)
 
 
-def test_an_unknown_suite_is_refused_with_the_known_ones(tmp_path):
-    _, said = run("nonsense", tmp_path, code=2)
-    assert said.count("\n") == 1 and "smoke, stand-in" in said
+@pytest.mark.parametrize("words, expected", [
+    ("nonsense", "smoke, stand-in"), ("smoke --only (", "--only (: "), ("smoke --only none", "leaves no run"),
+    ("smoke --jobs 0", "--jobs must be"), ("smoke --index 7", "there are 7 runs"),
+])
+def test_wrong_flags_are_refused_in_one_line(words, expected, tmp_path):
+    with pytest.raises(suite.BadInput, match=re.escape(expected)):
+        suite.main([*words.split(), "--runs-dir", str(tmp_path)])
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -244,7 +249,7 @@ def test_only_and_index_choose_runs_and_what_is_done_is_left_out(tmp_path):
     said, _ = run(path, tmp_path)
     assert "4 of 4 runs done" in said and "Fake__two__2" not in said
     assert (tmp_path / "fake" / "Fake__two__2.log").read_text().count("$ python") == 1
-    assert "there are 4 runs" in run(path, tmp_path, "--index", "4", code=2)[1]
+    assert run(path, tmp_path, "--index", "4", code=2)[1] == "suite.py: --index 4: there are 4 runs\n"
     path.write_text(path.read_text().replace("--offline-steps 10", "--offline-steps 20"))
     assert run(path, tmp_path)[1].count("was begun with other flags") == 4
 
