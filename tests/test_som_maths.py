@@ -177,6 +177,20 @@ def test_policy_actions(monkeypatch, fraction):
     assert is_own.float().mean().item() == pytest.approx(fraction, abs=0.035)  # 5 standard deviations
 
 
+@pytest.mark.parametrize("path", ["linear", "vp"])
+def test_the_velocity_is_asked_for_at_a_t_and_t(monkeypatch, path):
+    """Eq. (1), and t rather than r."""
+    seen, agent, data, args = [], make_agent(), batch(), m.Args(path=path)
+    monkeypatch.setattr(m, "velocity", lambda *inputs: seen.append(inputs) or torch.ones_like(inputs[2]))
+    noise, t, r = torch.randn(BATCH, ACT), torch.full((BATCH, 1), 0.7), torch.full((BATCH, 1), 0.2)
+    m.mean_flow_output_and_target(agent.policy, agent.critic, data["observations"], data["actions"], noise, t, r, args)
+    critic, observations, a_t, time, _ = seen[0]
+    mu = 0.3 if path == "linear" else math.exp(-0.5 * (0.1 * 0.7 + 19.9 * 0.49 / 2))
+    sigma = 0.7 if path == "linear" else (1 - mu**2) ** 0.5
+    close(a_t, mu * data["actions"] + sigma * noise, 1e-5)
+    assert critic is agent.critic and torch.equal(observations, data["observations"]) and torch.equal(time, t)
+
+
 # ---------------------------------------------------------------- best of N
 def test_critics_that_disagree():
     """Fixed numbers: by the mean the risky candidate would win, by the smaller value the safe one does."""

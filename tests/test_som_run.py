@@ -159,6 +159,16 @@ def test_terminations_and_time_limits_in_the_replay(tmp_path):
     starts = before[before[:, 0] == 0]
     assert len(starts) == len(starts[:, 2].unique()) > 50  # every episode has its own seed
 
+    logged = [row for row in outcome(run)[2] if "charts/episodic_return" in row]
+    totals, lengths, expected = [0.0] * 3, [0] * 3, []
+    for row, reward in enumerate(replay["rewards"].tolist()):
+        i = row % 3
+        totals[i], lengths[i] = totals[i] + reward, lengths[i] + 1
+        if ends[row]:
+            expected.append((3 * (row // 3) + 3, pytest.approx(totals[i], abs=1e-4), lengths[i]))
+            totals[i], lengths[i] = 0.0, 0
+    assert [(row["step"], row["charts/episodic_return"], row["charts/episodic_length"]) for row in logged] == expected
+
     agent = m.Agent(5, 2, m.parse_args(["--evaluate", str(run)])[0], torch.device("cpu"))
     agent.load_state_dict(state["agent"])
     for rows, same in ((terminated, True), (truncated, False)):
