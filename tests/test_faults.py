@@ -1,4 +1,5 @@
 """A slice of the campaign of benchmark/faults.py over the scripts as they are, and over one that has faults."""
+import os
 import re
 import sys
 
@@ -13,9 +14,9 @@ FAULTS = {  # what mfql_offline.py says, what it says with a fault, and what the
 }
 
 
-def test_a_slice():
+def test_a_slice(tmp_path):
     command = [sys.executable, BENCHMARK / "faults.py", "--kills", "8", "--inputs", "60", "--seed", "7"]
-    done = tests.process(command)
+    done = tests.process(command, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 0 and "68 kills and inputs" in done.stdout, done.stdout + done.stderr
 
 
@@ -31,7 +32,7 @@ def test_faults_are_seen(tmp_path):
                "import faults\n"
                "sys.exit(faults.main())\n")
     command = [sys.executable, "-c", program, "--script", "mfql_offline", "--kills", "1", "--inputs", "19"]
-    done = tests.process(command, cwd=tmp_path)
+    done = tests.process(command, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert done.returncode == 1, done.stderr
     for _, said in FAULTS.values():
         assert re.search(f"^VIOLATION {said}", done.stdout, re.MULTILINE), f"no {said} in\n{done.stdout}"
