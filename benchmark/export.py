@@ -19,7 +19,9 @@ policy.onnx needs: pip install onnx onnxscript
 import copy
 import hashlib
 import importlib.util
+import io
 import json
+import logging
 import pathlib
 import platform
 import sys
@@ -30,6 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from gymnasium.envs.mujoco import MujocoEnv
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import mfql_offline  # noqa: E402
@@ -90,9 +93,22 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.gain, self.bias, self.eps)
 
 
-class RMSNorm(nn.Module):
+class UnitNorm(nn.Module):
+    """x / sqrt(|x|^2 + dim eps), RMSNorm but for a factor sqrt(dim), in three operations instead of five."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.floor = nn.Buffer(torch.full_like(like[0], (1e-6 * len(like)) ** 0.5))
+
     def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
+
+
+class Mish(nn.Module):
+    """x tanh(log(1 + e^x)), for many rows at a quarter of the time of torch's."""
+
+    def forward(self, x):
+        return torch.addcdiv(x, x, (x.exp() + 1).square() + 1, value=-2)
 
 
 class Block(nn.Module):
@@ -100,7 +116,8 @@ class Block(nn.Module):
 
     def __init__(self, attention, mlp_in, mlp_out):
         super().__init__()
-        self.attention, self.mlp_in, self.mlp_out, self.norm = attention, mlp_in, mlp_out, RMSNorm()
+        self.attention, self.mlp_in, self.mlp_out = attention, mlp_in, mlp_out
+        self.norm = UnitNorm(attention.bias)
 
     def forward(self, x):
         y = self.attention(self.norm(x))
@@ -148,7 +165,7 @@ def mfql_policy(policy):
     c = F.silu(policy.time_out(F.silu(policy.time_in(torch.cat([angles.cos(), angles.sin()])))))
 
     def gain(norm, scale):
-        return norm.gain * len(norm.gain) ** 0.5 * (1 + scale)
+        return norm.gain * len(norm.gain) * (1 + scale)
 
     layers = [linear(policy.embed).times(1, policy.position)]
     for block in policy.blocks:
@@ -158,7 +175,8 @@ def mfql_policy(policy):
                             linear(block.mlp_in).after(gain(block.norm2, scale2), shift2),
                             linear(block.mlp_out).times(0.1 * gate2)))
     shift, scale = policy.final_modulation(c).chunk(2)
-    return nn.Sequential(*layers, RMSNorm(), linear(policy.final).after(gain(policy.final_norm, scale), shift))
+    final = linear(policy.final).after(gain(policy.final_norm, scale), shift)
+    return nn.Sequential(*layers, UnitNorm(policy.position), final)
 
 
 def times_in_bias(policy, times):
@@ -173,7 +191,7 @@ def ofql_policy(policy):
     """-u(e, 0, 1; s) of rows (s, e)."""
     one = policy.frequencies.new_ones(1)
     times = torch.cat([policy.embed(policy.embed_t, one), policy.embed(policy.embed_r, 0 * one)])
-    layers = [part for layer in times_in_bias(policy, times) for part in (layer, nn.Mish())]
+    layers = [part for layer in times_in_bias(policy, times) for part in (layer, Mish())]
     return nn.Sequential(*layers, linear(policy.final).times(-1))
 
 
@@ -181,7 +199,7 @@ def som_policy(policy):
     """The same."""
     layers = []
     for layer, norm in zip(times_in_bias(policy, policy.final.weight.new_tensor([0, 1])), policy.norms):
-        layers += [layer, LayerNorm(norm.eps, norm.weight, norm.bias), nn.Mish()]
+        layers += [layer, LayerNorm(norm.eps, norm.weight, norm.bias), Mish()]
     return nn.Sequential(*layers, linear(policy.final).times(-1))
 
 
@@ -195,8 +213,8 @@ def fold_critic(critic, k, script):
             layers += [maps[i], nn.GELU(approximate="tanh"), LayerNorm(1e-6)]
             maps[i + 1] = maps[i + 1].after(gain, bias)
         else:
-            layers += [maps[i], LayerNorm(1e-5, gain, bias), nn.Tanh() if i == 0 else nn.Mish()] if norms else [
-                maps[i], nn.Mish()]
+            layers += [maps[i], LayerNorm(1e-5, gain, bias), nn.Tanh() if i == 0 else Mish()] if norms else [
+                maps[i], Mish()]
     return nn.Sequential(*layers, maps[-1])
 
 
@@ -242,92 +260,96 @@ def draw(script, batch, count, size, generator=None, dtype=torch.float32):
 
 # ---------------------------------------------------------------- files
 def load_agent(path):
-    """Agent, contents and SHA-256 of a policy, on the CPU."""
-    path = path.expanduser()
-    path = path / "policy.pt" if path.is_dir() else path
+    """Agent and contents of a policy, on the CPU."""
     with blame(f"policy {path}"):
         script = torch.load(path, map_location="cpu", weights_only=True)["script"]
         if script not in SCRIPTS:
             raise BadInput(f"made by {script}, which is none of {', '.join(SCRIPTS)}")
-        module = SCRIPTS[script]
         state = mfql_offline.load(path, script)[1]
-        args = module.Args(**{**state["args"], "compile": False})
-        weights = state["agent"]
-        agent = module.Agent(len(weights["obs_mean"]), len(weights["policy.final.bias"]), args, torch.device("cpu"))
+        args, weights = SCRIPTS[script].Args(**{**state["args"], "compile": False}), state["agent"]
+        sizes = len(weights["obs_mean"]), len(weights["policy.final.bias"])
+        agent = SCRIPTS[script].Agent(*sizes, args, torch.device("cpu"))
         agent.load_state_dict(weights)
-        return agent, state, hashlib.sha256(path.read_bytes()).hexdigest()
+        return agent, state
 
 
-def about_environment(task, allowed):
-    """Action box (low, high) of the environment itself, and what it tells of its observations."""
+def environment(task, allowed):
+    """The environment's own action box (low, high), and what is known of its observations."""
     module = task["env_id"].rpartition(":")[0]  # Gymnasium imports it
     if module not in ("", "data.d4rl_tasks", "gymnasium_robotics") and task["env_id"] != allowed:
         raise BadInput(f"a file asks for the import of {module}; allow it with --env-id {task['env_id']}")
     with blame(f"environment {task['env_id']}"):
-        env = mfql_offline.make_env(task).env  # without the rescaling
-        space = env.env.observation_space
-        found = dict(space=str(space))
+        env = mfql_offline.make_env(task).env  # without its last wrapper, which rescales the actions
+        space, about = env.unwrapped.observation_space, {}
         if isinstance(space, gym.spaces.Dict):
-            found["order"] = {key: gym.spaces.flatdim(part) for key, part in space.items()}
-        if hasattr(env.unwrapped, "observation_structure"):  # MuJoCo's positions and velocities
-            found["structure"] = env.unwrapped.observation_structure
-        if hasattr(env.unwrapped, "model"):
-            found["units"] = "MuJoCo's: m, rad, s, N as the model defines them"
-        return [torch.as_tensor(edge) for edge in (env.action_space.low, env.action_space.high)], found
+            about["order"] = {key: gym.spaces.flatdim(part) for key, part in space.items()}
+        if hasattr(env.unwrapped, "observation_structure"):
+            about["structure"] = env.unwrapped.observation_structure  # of MuJoCo's positions and velocities
+        if isinstance(env.unwrapped, MujocoEnv):
+            about["units"] = "those of the MuJoCo model: m, rad and s in Gymnasium's"
+        return torch.as_tensor(env.action_space.low), torch.as_tensor(env.action_space.high), about
 
 
 def check(what, found, wanted, tolerance):
     error = float((found - wanted).abs().max())
     if not error <= tolerance * float(wanted.abs().max()):  # nor NaN
-        raise BadInput(f"{what} differs by {error:.1e}, so nothing is written; were the networks changed?")
+        raise BadInput(f"{what} differs by {error:.1e}, so nothing is written: are the networks the script's?")
 
 
 @torch.no_grad()
-def export(agent, script, count, low, high, folder):
-    """Writes the files of the policy with `count` candidates and returns what policy.json tells of them."""
-    batch, obs_dim, act_dim = 16, len(agent.obs_mean), len(low)
-    observations = torch.randn(batch, obs_dim) * getattr(agent, "obs_std", 1) + agent.obs_mean
+def export(agent, script, count, low, high):
+    """The policy with `count` candidates as an ExportedProgram, that as bytes, and the inputs it was tried with."""
+    batch, seeded = 16, torch.Generator().manual_seed
+    observations = torch.randn(batch, len(agent.obs_mean)) * getattr(agent, "obs_std", 1) + agent.obs_mean
     exact = copy.deepcopy(agent).double()
-    seed = torch.Generator().manual_seed
-    expected = exact.act(observations.double(), count, seed(0))
-    inputs = observations.double(), *draw(script, batch, count, act_dim, seed(0), torch.float64)
+    expected = exact.act(observations.double(), count, seeded(0))
+    inputs = observations.double(), *draw(script, batch, count, len(low), seeded(0), torch.float64)
     check("the folded policy", fold(exact)(*inputs), expected, 1e-9)
-
     actor, inputs = fold(agent, low, high).eval(), tuple(x.float() for x in inputs)
     if count == 1:
         del actor.critics[:]
-    expected = actor(*inputs)
-    rows = [{0: torch.export.Dim("B", min=1)} for _ in inputs]
-    program = torch.export.export(actor, inputs, dynamic_shapes=tuple(rows))
-    torch.export.save(program, folder / "policy.pt2")
-    check("policy.pt2", torch.export.load(folder / "policy.pt2").module()(*inputs), expected, 1e-6)
-    names, shapes = list(INPUTS)[:len(inputs)], [["B", *x.shape[1:]] for x in inputs]
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        print(f"no policy.onnx: pip install {' '.join(missing)}", file=sys.stderr)
+    rows, file = tuple({0: torch.export.Dim("B", min=1)} for _ in inputs), io.BytesIO()
+    program = torch.export.export(actor, inputs, dynamic_shapes=rows)
+    torch.export.save(program, file)
+    check("policy.pt2", torch.export.load(file).module()(*inputs), actor(*inputs), 1e-6)
+    return program, file.getvalue(), inputs
+
+
+def main(argv=None):
+    args = tyro.cli(Args, args=argv, description=__doc__.split("\n")[0])
+    path = args.run.expanduser()
+    path = path / "policy.pt" if path.is_dir() else path
+    agent, state = load_agent(path)
+    flags, (low, high, about) = agent.args, environment(state["task"], args.env_id)
+    count = getattr(flags, "num_candidates_eval", None) or flags.num_candidates  # as the script evaluates
+    count = count if args.num_candidates is None else args.num_candidates
+    if not 1 <= count <= 10_000:
+        raise BadInput(f"--num-candidates {count} must lie between 1 and 10,000")
+    program, contents, inputs = export(agent, state["script"], count, low, high)
+    names = list(INPUTS)[:len(inputs)]
+    out = (args.out or path.parent).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "policy.pt2").write_bytes(contents)
+    (out / "policy.onnx").unlink(missing_ok=True)
+    if all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # minds torchvision
+        from onnxscript import opset18 as op
+
+        hypot = {torch.ops.prims.hypot.default: lambda x, y: op.Sqrt(op.Add(op.Mul(x, x), op.Mul(y, y)))}
+        torch.onnx.export(program, f=out / "policy.onnx", external_data=False, verbose=False, input_names=names,
+                          output_names=["actions"], custom_translation_table=hypot)
     else:
-        torch.onnx.export(program, f=folder / "policy.onnx", external_data=False, input_names=names,
-                          output_names=["actions"], verbose=False)
-    return dict(
-        inputs=[dict(name=name, shape=shape, dtype="float32", meaning=INPUTS[name])
-                for name, shape in zip(names, shapes)],
-        outputs=[dict(name="actions", shape=["B", act_dim], dtype="float32", low=low.tolist(), high=high.tolist())])
-
-
-def main():
-    args = tyro.cli(Args, description=__doc__.split("\n")[0])
-    agent, state, digest = load_agent(args.run)
-    flags = agent.args
-    count = args.num_candidates or getattr(flags, "num_candidates_eval", None) or flags.num_candidates
-    (low, high), about = about_environment(state["task"], args.env_id)
-    folder = args.out or (args.run if args.run.is_dir() else args.run.parent)
-    folder = folder.expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    files = export(agent, state["script"], count, low, high, folder)
-    versions = dict(python=platform.python_version(), torch=torch.__version__, gymnasium=gym.__version__)
-    about = dict(script=state["script"], env_id=state["args"]["env_id"], environment=state["task"], step=state["step"],
-                 num_candidates=count, **files, observations=about, versions=versions, sha256=digest)
-    (folder / "policy.json").write_text(json.dumps(about, indent=2) + "\n")
-    print(folder / "policy.json")
+        print("no policy.onnx: pip install onnx onnxscript", file=sys.stderr)
+    about = dict(
+        script=state["script"], env_id=flags.env_id, environment=state["task"], step=state["step"],
+        num_candidates=count, observation_dim=len(agent.obs_mean), action_dim=len(low),
+        inputs=[dict(name=name, shape=["B", *x.shape[1:]], dtype="float32", meaning=INPUTS[name])
+                for name, x in zip(names, inputs)],
+        outputs=[dict(name="actions", shape=["B", len(low)], dtype="float32", low=low.tolist(), high=high.tolist())],
+        observations=about, sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, gymnasium=gym.__version__))
+    (out / "policy.json").write_text(json.dumps(about, indent=2) + "\n")
+    print(out / "policy.json")
 
 
 if __name__ == "__main__":
