@@ -175,13 +175,15 @@ def test_scores_in_the_table_are_those_of_the_csvs():
     found, count = finished(names.split()), 0
     for line in table.splitlines()[2:]:
         cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        if cells[5:7] == ["-", "-"]:  # nothing measured
+            continue
         best, n = re.fullmatch(r"(?:return )?(.*) \(N = (\d+)\)", cells[5]).groups()
         assert any(number == n and says(best, values) and len(values) == int(cells[7])
                    for number, values in found[cells[0], "eval"]), line
         assert any(says(cells[6].removeprefix("return "), values) and len(values) == int(cells[7])
                    for _, values in found[cells[0], "eval_n1"]), line
         count += 1
-    assert count == 4
+    assert count >= 4
 
 
 @pytest.mark.parametrize("page", OURS)
