@@ -205,7 +205,9 @@ def test_online_transitions_are_what_happened(data, tmp_path):
     np.testing.assert_allclose(online["rewards"], 0.5 * raw - 1, atol=1e-4)
     episodes = [row for row in metrics(run) if "charts/episodic_return" in row]
     assert [row["step"] for row in episodes] == (OFFLINE + 1 + np.flatnonzero(ends)).tolist()
-    assert episodes[0]["charts/episodic_return"] == pytest.approx(raw[:np.flatnonzero(ends)[0] + 1].sum(), rel=1e-4)
+    parts = np.split(raw, np.flatnonzero(ends) + 1)[:len(episodes)]
+    assert [row["charts/episodic_return"] for row in episodes] == pytest.approx([x.sum() for x in parts], rel=1e-4)
+    assert [row["charts/episodic_length"] for row in episodes] == [len(x) for x in parts]
 
 
 @pytest.mark.parametrize("balanced", [False, True])

@@ -241,6 +241,18 @@ def test_first_update():
     assert not torch.equal(noise, own_noise)
 
 
+def test_gradients_of_an_earlier_step_are_forgotten():
+    states = []
+    for stale in (None, 1e6):
+        agent = make_agent()
+        for parameter in (*agent.policy.parameters(), *agent.critic.parameters()):
+            parameter.grad = None if stale is None else torch.full_like(parameter, stale)
+        torch.manual_seed(1)
+        agent.update(batch())
+        states.append(agent.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_bellman_target_with_networks():
     """Row by row: the critic's choice among N actions at s', valued by the smaller target critic, reward scaled."""
     agent, data, y = make_agent(reward_scale=0.5, gamma=0.9), batch(), []
