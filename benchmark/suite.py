@@ -150,11 +150,11 @@ def done(run):
     return (run.folder / "done.json").exists()
 
 
-def length(run, flags=None):
+def length(run):
     """Steps of a whole run: from its args.json, or else from its flags; None if they do not say."""
-    if (run.folder / "args.json").exists():
+    try:
         flags = json.loads((run.folder / "args.json").read_text())["args"]
-    else:
+    except (FileNotFoundError, json.JSONDecodeError):  # not begun, or just being written
         flags = {flag[2:].replace("-", "_"): value for flag, value in zip(run.flags, run.flags[1:])}
     return sum(int(flags[key]) for key in STEPS if key in flags) or None
 
@@ -345,9 +345,9 @@ def logged_rate(runs):
     """Median of the steps per second that these runs have logged, None without any."""
     rates = []
     for file in (run.folder / "metrics.jsonl" for run in runs):
-        for row in map(json.loads, file.read_text().splitlines() if file.exists() else []):
-            rates += [rate] if (rate := row.get("charts/SPS", row.get("charts/UPS"))) else []
-    return statistics.median(rates) if rates else None
+        text = file.read_text() if file.exists() else ""
+        rates += re.findall(r'"charts/SPS": ([\d.e+-]+)', text) or re.findall(r'"charts/UPS": ([\d.e+-]+)', text)
+    return statistics.median(map(float, rates)) if rates else None
 
 
 def dry_run(contents, runs, args):

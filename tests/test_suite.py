@@ -214,6 +214,19 @@ def test_the_scripts_take_the_flags_of_the_suites(name, tmp_path, monkeypatch):
     assert labels.issuperset(label for task in contents["tasks"].values() for label in task.get("paper", {}))
 
 
+def test_a_run_that_is_just_writing_its_files_does_not_end_the_suite(tmp_path):
+    _, (run, *_) = suite.load_suite(str(write(tmp_path)), tmp_path)
+    run.folder.mkdir(parents=True)
+    assert suite.fraction(run) == 0
+    (run.folder / "args.json").write_text('{"args": {"offline_')
+    (run.folder / "metrics.jsonl").write_text('{"step": 100, "charts/UPS": 4.0}\n{"step": 200, "cha')
+    assert suite.fraction(run) == 0.25 and suite.logged_rate([run]) == 4
+    (run.folder / "args.json").write_text('{"args": {"offline_steps": 200}}')
+    assert suite.fraction(run) == 0.5
+    (run.folder / "done.json").write_text("")
+    assert suite.fraction(run) == 1
+
+
 # ---------------------------------------------------------------- local
 def test_a_failed_run_is_named_at_the_end_and_the_others_go_on(tmp_path):
     path = fake(tmp_path, "good", "bad", "dying", "dying-once")
@@ -305,6 +318,7 @@ def test_ray_survives_kills_of_training_worker_and_driver(tmp_path, undisturbed)
     assert worker != process.pid
     os.kill(worker, signal.SIGKILL)
     until(lambda: (training(folder) or (child,))[0] != child)  # the first one has saved and gone, another goes on
+    next_row(folder)
     process.kill()
     process.communicate()
     until(lambda: not training(folder))
