@@ -75,7 +75,7 @@ def main(argv=None):
         import stable_baselines3
         from stable_baselines3.common.vec_env import DummyVecEnv
     except ImportError as error:
-        raise BadInput(f"{error}; pip install stable-baselines3==2.9.0 gymnasium==1.4.0") from error
+        raise BadInput(f"{error}; pip install stable-baselines3==2.9.2 gymnasium==1.4.0") from error
     device = common.prepare_torch(args)
     task = dict(env_id=args.env_id, kwargs={}, reference=None)
     with blame(f"--env-id {args.env_id}, --buffer-size {args.buffer_size}"):
