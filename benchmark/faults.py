@@ -260,7 +260,7 @@ class Campaign:
             outcome = "traceback"
         elif found:
             outcome = "resumed to something else"
-        what = f"{place} {how.name}" if kill else place
+        what = f"kill: {place} {how.name}" if kill else f"kill: {place}"
         self.note(what, outcome, f"{m.SCRIPT}, {found}, {(err + more)[-300:]!r}", folder)
 
     def input(self, number):
@@ -311,7 +311,7 @@ def main():
     for count, act in ((options.kills, campaign.kill), (options.inputs, campaign.input)):
         for number in range(options.first, options.first + count):
             act(number)
-            if number % 200 == 199:
+            if number % 100 == 99:
                 campaign.report()
     violations = campaign.report()
     if not violations:
