@@ -125,8 +125,9 @@ def load_suite(suite, runs_dir="runs"):
                 for method in methods:
                     if task not in method.get("tasks", tasks) or seed not in method.get("seeds", contents["seeds"]):
                         continue
-                    flags = [*shlex.split(contents.get("flags", "")), *shlex.split(method.get("flags", "")),
-                             *shlex.split(about.get("flags", ""))]
+                    text = " ".join(part.get("flags", "") for part in (contents, method, about))
+                    flags = [word for flag in shlex.split(text)
+                             for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
                     flags += [] if "--env-id" in flags else ["--env-id", task]
                     name = re.sub(r"[^A-Za-z0-9._-]", "_", f"{method['label']}__{task}__{seed}")
                     runs.append(Run(method["label"], method["script"], task, seed, tuple(flags), folder / name))

@@ -144,7 +144,7 @@ script = "b.py"
 tasks = ["one"]
 seeds = [2, 3]
 [tasks]
-"one" = {flags = "--env-id One-v0 --dataset-path 'a b'", paper = {B = 1.5}}
+"one" = {flags = "--env-id=One-v0 --dataset-path 'a b'", paper = {B = 1.5}}
 "two-v2" = {}
 """)
     contents, runs = suite.load_suite(str(path), tmp_path)
