@@ -246,7 +246,7 @@ def fold(agent, low=None, high=None):
         if script == "ofql_offline":
             critic[-1] = critic[-1].times(args.inverse_temperature)
     skip = None if skip is None else skip * half
-    actor = Actor(policy, critics, mean, skip, low, high, getattr(args, "q_aggregation", "min") == "mean")
+    actor = Actor(policy, critics, mean, skip, low, high, average=script.startswith("mfql"))
     return actor.to(agent.obs_mean.dtype)
 
 
@@ -304,7 +304,7 @@ def export(agent, script, count, low, high):
     exact = copy.deepcopy(agent).double()
     expected = exact.act(observations.double(), count, seeded(0))
     inputs = observations.double(), *draw(script, batch, count, len(low), seeded(0), torch.float64)
-    check("the folded policy", fold(exact)(*inputs), expected, 1e-9)
+    check("the folded policy", fold(exact)(*inputs), expected, 1e-6)
     actor, inputs = fold(agent, low, high).eval(), tuple(x.float() for x in inputs)
     if count == 1:
         del actor.critics[:]
