@@ -8,8 +8,9 @@
 Into $D4RL_DATASET_DIR or ~/.d4rl/datasets: a locomotion file (hopper-medium-v2) as it is, anything else as the flat
 file flat/NAME.hdf5. That has D4RL's layout (observations (N, O), actions (N, A), rewards, terminals, timeouts (N,);
 the next observation of a row is the following row's, and a row with timeouts=1 has none) and the attributes env_id,
-ref_min_score, ref_max_score, source and sha256 (of the source). --from-run writes into Minari's folder. Says one line,
-code 0; for bad input or where no server answers one line on stderr, code 2; for a signal one line, code 130.
+ref_min_score, ref_max_score, source and sha256 (of the source). OGBench's pixel tasks (visual-...) have the bytes
+`frames`, (N, 64, 64, 3), in place of observations. --from-run writes into Minari's folder. Says one line, code 0; for
+bad input or where no server answers one line on stderr, code 2; for a signal one line, code 130.
 """
 import argparse
 import contextlib
@@ -43,6 +44,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for data
 UNFINISHED = set()  # files and folders of this process that a signal must remove
 LIBRARY_ERRORS = (OSError, EOFError, KeyError, IndexError, RuntimeError, TypeError, ValueError, MemoryError,
                   struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # h5py's, NumPy's, zipfile's
+PACKING = dict(compression="lzf")  # of frames: benchmark/pixels.py compares
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 HDF5_PROBE = """import h5py, signal, sys
 signal.alarm(60)
@@ -91,7 +93,8 @@ def d4rl_source(name):
 
 
 def make_env(name):
-    """The environment that a name's data are for. BadInput if there is none or its packages are missing."""
+    """The environment that a name's data are for; for a pixel task the one without pixels, which needs no OpenGL.
+    BadInput if there is none or its packages are missing."""
     import gymnasium as gym
 
     import data.d4rl_tasks  # noqa: F401  registers them
@@ -102,9 +105,9 @@ def make_env(name):
         raise BadInput(
             f"{name} is not supported; of D4RL, locomotion -v2 (hopper, halfcheetah, walker2d, ant), AntMaze -v2 "
             "(umaze, umaze-diverse, medium-play, medium-diverse, large-play, large-diverse), kitchen -v0 (complete, "
-            "partial, mixed) and Adroit -v1 (human, cloned, expert) are, and OGBench's single tasks without pixels; "
+            "partial, mixed) and Adroit -v1 (human, cloned, expert) are, and OGBench's single tasks; "
             "Minari data sets (NAMESPACE/NAME-vN) are read by the scripts as they are")
-    env_id = LOCOMOTION.get(name.split("-")[0], name)
+    env_id = LOCOMOTION.get(name.split("-")[0], name.removeprefix("visual-"))
     try:
         return gym.make(env_id, **{"use_contact_forces": True} if env_id == "Ant-v4" else {})  # in D4RL's observation
     except (gym.error.Error, ImportError) as error:
@@ -223,7 +226,7 @@ def check_rows(path, data, env):
     check_lengths(path, data)
     low, high = env.action_space.low, env.action_space.high
     for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if data[key].shape[1:] != space.shape:
+        if key in data and data[key].shape[1:] != space.shape:  # frames stay in their file
             raise BadInput(f"{path}: {key} have shape {data[key].shape[1:]}, but {env.spec.id} wants {space.shape}; "
                            "is this another environment's data?")
     for key, value in data.items():
@@ -273,11 +276,12 @@ def read_d4rl(path, name):
 
 
 def read_ogbench(path, name):
-    """The five arrays of an OGBench .npz, with the rewards and masks of its single task by OGBench's own relabelling.
+    """The five arrays of an OGBench .npz, with the rewards and masks of its single task by OGBench's own relabelling;
+    for a pixel task those but the observations, which `write_frames` copies.
 
     Every row is kept. The last of a trajectory is there for its observation alone: action and reward 0, timeouts 1.
     """
-    env = make_env(name)
+    env, pixels = make_env(name), name.startswith("visual-")
     import ogbench
     from ogbench.relabel_utils import relabel_dataset
 
@@ -289,9 +293,19 @@ def read_ogbench(path, name):
                 if key in ("observations", "actions", "terminals", "qpos", "qvel", "button_states"):
                     with archive.open(entry) as file:
                         shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
+                    if pixels and key == "observations":
+                        frames = shape
+                        if dtype != np.uint8 or len(shape) != 4 or math.prod(shape) > entry.file_size:
+                            raise BadInput(f"{path}: observations must be bytes, (N, 64, 64, 3), not {dtype} {shape}")
+                        continue
                     check_declared(path, key, dtype, shape, entry.compress_size, key in KEYS[3:])
-        data = ogbench.load_dataset(str(path), compact_dataset=True, add_info=True)  # the form without copies
-        check_lengths(path, data)
+        if pixels:  # what follows, without the frames
+            with np.load(path) as file:
+                data = {key: file[key] for key in file.files if key != "observations"}
+            data["actions"], data["valids"] = data["actions"].astype(np.float32), 1 - data["terminals"].astype(int)
+        else:
+            data = ogbench.load_dataset(str(path), compact_dataset=True, add_info=True)  # the form without copies
+        check_lengths(path, {**data, "observations": range(frames[0])} if pixels else data)
         relabel_dataset(name, env, data)
     except LIBRARY_ERRORS as error:
         raise BadInput(f"{path}: damaged or not a file of OGBench's ({error})") from error
@@ -299,7 +313,42 @@ def read_ogbench(path, name):
     own = data["timeouts"] != 0
     data["actions"][own], data["rewards"][own], data["terminals"][own] = 0, 0, False
     check_rows(path, data, env)  # with OGBench's qpos, which decides on rewards
-    return {key: data[key] for key in KEYS}
+    return {key: data[key] for key in KEYS if key in data}
+
+
+def write_frames(path, source):
+    """Adds the frames of an OGBench .npz to a flat file, 50 MB at a time."""
+    import h5py
+
+    try:
+        with zipfile.ZipFile(source) as npz, npz.open("observations.npy") as stream, h5py.File(path, "a") as file:
+            np.lib.format.read_magic(stream)
+            shape = np.lib.format.read_array_header_1_0(stream)[0]
+            frames = file.create_dataset("frames", shape, np.uint8, chunks=(min(64, shape[0]), *shape[1:]),
+                                         fletcher32=True, **PACKING)
+            for first in range(0, shape[0], 4096):
+                block = stream.read(4096 * math.prod(shape[1:]))  # at the end zipfile compares the checksum
+                frames[first:first + 4096] = np.frombuffer(block, np.uint8).reshape(-1, *shape[1:])
+    except LIBRARY_ERRORS as error:
+        raise BadInput(f"{source}: its frames cannot be copied to {path.parent} ({error})") from error
+
+
+def say_size(name, source, folder):
+    """What a pixel task will take, on stderr; BadInput if the disk has too little room."""
+    here, size = source.exists(), 1_001_000 * 64 * 64 * 3  # OGBench's
+    if here:
+        try:
+            with zipfile.ZipFile(regular_file(source)) as npz:
+                size = npz.getinfo("observations.npy").file_size
+        except LIBRARY_ERRORS as error:
+            raise BadInput(f"{source}: damaged or not a file of OGBench's ({error})") from error
+    need, free = size if here else 2 * size, shutil.disk_usage(folder).free
+    text = (f"{name}: {size / 1e9:.3g} GB of frames. Takes up to {need / 1e9:.3g} GB of disk for the flat file"
+            f"{'' if here else ' and the download'}, {free / 1e9:.3g} GB are free in {folder}; training will take "
+            f"{size / 1e9:.3g} GB of memory, of the GPU if there is one")
+    if free < need:
+        raise BadInput(text)
+    print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- the three things to do
@@ -311,8 +360,8 @@ def write_flat(path, data, **attributes):
     import h5py
 
     with h5py.File(path, "w") as file:
-        for key in KEYS:
-            file[key] = data[key]
+        for key, value in data.items():
+            file[key] = value
         file.attrs.update(attributes)
 
 
@@ -320,12 +369,13 @@ def fetch(name, file, out):
     """Makes the file of a D4RL or OGBench name, see the top; returns the line to print."""
     kwargs = make_env(name).spec.kwargs  # the name is good and the packages are there, before anything is fetched
     folder, official = (d4rl_source(name) or (None, None))[:2]
-    as_it_is = folder == "gym_mujoco_v2"
+    as_it_is, pixels = folder == "gym_mujoco_v2", name.startswith("visual-")
     path = (out or folder_of_data() / (official if as_it_is else f"flat/{name}.hdf5")).expanduser().resolve()
     if path.exists():
         regular_file(path)
         if not (file or out):
-            read_d4rl(path, name)
+            if not pixels:  # which are compared with their checksums when they are read
+                read_d4rl(path, name)
             return f"{path} is there already and sound; delete it to have it made anew"
     with temporary(path) as partial, temporary(path.with_suffix(".download")) as raw:
         if official:
@@ -337,6 +387,8 @@ def fetch(name, file, out):
         else:
             stem = re.sub("-singletask(-task[1-5])?", "", name)
             source = file or pathlib.Path("~/.ogbench/data").expanduser() / f"{stem}.npz"
+            if pixels:
+                say_size(name, source, path.parent)
             if not (file or source.exists()):
                 download_ogbench(name, source)
             data = read_ogbench(source, name)
@@ -346,6 +398,8 @@ def fetch(name, file, out):
         else:
             write_flat(partial, data, env_id=f"data.d4rl_tasks:{name}", source=f"{origin}, as {name}",
                        sha256=sha256(source), **{k: v for k, v in kwargs.items() if k.startswith("ref_m")})
+        if pixels:
+            write_frames(partial, source)
         publish(partial, path)
     return f"wrote {len(data['rewards'])} rows of {name} to {path}, from {origin}"
 

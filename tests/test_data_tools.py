@@ -144,10 +144,6 @@ def test_bad_names_are_refused_before_anything_is_asked_for(name):
     assert f"{name} is not supported" in refuse(name)
 
 
-def test_pixel_tasks_are_refused_in_one_line():
-    assert "pixel observations are not supported" in refuse("visual-scene-play-singletask-task1-v0")
-
-
 # ---------------------------------------------------------------- D4RL layout
 @pytest.mark.parametrize("flags", [bool, np.uint8, np.int64, np.float32, np.float64])
 @pytest.mark.parametrize("numbers", [np.float32, np.float64])
