@@ -22,9 +22,9 @@ paper's numbers]:
   (8) acting: of N actions a(T e_i), i is drawn with probability softmax(w min_k Q'_k(s, a(T e_i))): CleanDiffuser's
 
 What the paper's text (with official diffusion Q-learning for what it leaves open) and the author's code base do
-differently is a flag each; the README gives both sets as commands. Deviations from the paper's text by default: the
-policy itself proposes a' (there its moving average); the critic has LayerNorm and a Tanh (there neither); (3) is a
-mean (there a squared norm), which sets the unit of eta; (4) clips (not stated there); (7) takes one random critic and
+differently is a flag each; docs/algorithms.md gives both sets as commands. Deviations from the paper's text by
+default: the policy itself proposes a' (there its moving average); the critic has LayerNorm and a Tanh (there neither);
+(3) is a mean (there a squared norm), which sets the unit of eta; (4) clips (not stated there); (7) takes one random critic and
 divides by the other's mean |Q| at the policy's actions (there by that at the data's); the last three as in all three
 code bases. eta per task is unpublished, see `TASKS`. Defaults for locomotion and for tasks outside the paper are ours.
 """

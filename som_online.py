@@ -3,7 +3,7 @@
 Paper: Kim, Ki, Ahn, Lee, "Score-Based One-step MeanFlow Policy Optimization", arXiv 2605.23365. Only its abstract and
 introduction could be read when this was written. The equations come from a third-party implementation that cites the
 paper's equations 5 and 8 and its table 3 (SakodaShintaro/vla_streaming_rl, commit 19922e1), the rest from the practice
-of related work or from measurements (README). Nothing here is to be quoted as "the paper says".
+of related work or from measurements (docs/algorithms.md). Nothing here is to be quoted as "the paper says".
 
 The policy to be learned is p_0(a|s) ~ exp(alpha Q(s, a)). Diffusing its actions to noise defines a flow whose velocity
 follows from the score of p_t, and the score is estimated from the critic alone, by Monte Carlo. One network
@@ -30,7 +30,7 @@ Two readings of its table 3 (vp, alpha = 1, K = 100, a score of length w = 25), 
   box      --path vp --alpha 1 --score-scale 25
 The literal one fails on every bandit of tests/test_som_bandits.py: near t = 1 its proposals lie 150 action boxes away,
 where the critic is extrapolation. The other has the right target, but no network of ours learned it. So the default
-leaves the score's length alone and raises alpha instead, on the linear path (as in MFPO, arXiv 2604.14698; README).
+leaves the score's length alone and raises alpha instead, on the linear path (as in MFPO, arXiv 2604.14698).
 """
 import contextlib
 import hashlib

@@ -352,20 +352,21 @@ def test_best_of_n_picks_the_best_row_by_row(aggregation, batch, candidates):
             t = noise.new_ones(1, 1)
             action = policy(observations[i : i + 1], noise[i : i + 1, j], t).clamp(-1, 1)
             q1, q2 = critic(observations[i : i + 1], action)
-            options.append((((q1 + q2) / 2 if aggregation == "mean" else min(q1, q2)).item(), action))
-        value, action = max(options, key=lambda option: option[0])
+            value = (q1 + q2) / 2 if aggregation == "mean" else min(q1, q2)
+            options.append(((q1 + q2).item(), value.item(), action))
+        _, value, action = max(options, key=lambda option: option[0])
         close(values[i].item(), value)
         close(actions[i : i + 1], action)
 
 
-def test_mean_and_min_can_pick_different_candidates():
-    """Fixed numbers: by the mean the risky candidate wins, by the minimum the safe one; actions stay in the box."""
+def test_the_mean_picks_whatever_the_target_takes():
+    """Fixed numbers: the minimum would pick the second candidate, whose minimum is 2; actions stay in the box."""
     noise = torch.tensor([[[-2.0], [0.5]]])
     q = torch.tensor([[[10.0, 3.0]], [[0.0, 2.0]]])  # (critic, row, candidate)
     pick = lambda aggregation: m.best_of_n(lambda o, z, t: z, lambda o, a: q, torch.zeros(1, 1), noise,
                                            m.Args(q_aggregation=aggregation))
     assert [x.item() for x in pick("mean")] == [-1.0, 5.0]
-    assert [x.item() for x in pick("min")] == [0.5, 2.0]
+    assert [x.item() for x in pick("min")] == [-1.0, 0.0]
 
 
 @pytest.mark.parametrize("aggregation, q_next", [("mean", 20.0), ("min", 10.0)])
@@ -417,14 +418,28 @@ def test_normalized_q_loss_does_not_feel_the_scale_of_q(normalize, factor):
     close(gradient_scaled, factor * gradient)
 
 
-def test_normalized_q_loss_divides_by_the_mean_size_of_q():
-    """The divisor is a constant: the gradient is the plain one, divided."""
-    critic, table = make_critic(), double(BATCH, ACT, seed=13)
-    size = critic(double(BATCH, OBS), table.clamp(-1, 1)).mean(0).abs().mean().detach()
+def test_normalized_q_loss_divides_by_the_size_of_its_gradient():
+    """The divisor is a constant, the root mean square of dQ/da, times the number of entries that L_MFI averages over:
+    so the gradient of the Q term has the root mean square 1 / (entries of the batch)."""
+    critic, table = make_critic(), double(BATCH, ACT, seed=13).clamp(-0.9, 0.9)
     l_q, _, gradient, _ = table_actor_loss(table, m.Args(normalize_q_loss=True), critic)
     plain, _, plain_gradient, _ = table_actor_loss(table, m.Args(normalize_q_loss=False), critic)
+    actions = table.clone().requires_grad_()
+    dq_da, = torch.autograd.grad(critic(double(BATCH, OBS), actions).mean(0).sum(), actions)
+    close(plain_gradient, -dq_da / BATCH)
+    size = ACT * dq_da.square().mean().sqrt()
     close(l_q, plain / size)
     close(gradient, plain_gradient / size)
+    close(gradient.square().mean().sqrt().item(), 1 / (BATCH * ACT))
+
+
+def test_the_q_term_does_not_feel_the_level_of_q():
+    """As dividing by mean |Q| does: there the Q term faded while the values grew."""
+    critic, table = make_critic(), double(BATCH, ACT, seed=13)
+    before = table_actor_loss(table, m.Args(), critic)[2]
+    with torch.no_grad():
+        critic.biases[-1].add_(1000)
+    close(table_actor_loss(table, m.Args(), critic)[2], before)
 
 
 # ---------------------------------------------------------------- draws and schedules
