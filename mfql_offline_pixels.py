@@ -91,6 +91,7 @@ class Args:
     folder if it holds a checkpoint, else start it"""
     evaluate: str | None = None
     """run folder, checkpoint.pt or policy.pt: evaluate it for --eval-episodes episodes, print the result and exit"""
+
     # ---- algorithm ----
     offline_steps: int = 500_000
     """number of gradient steps W; the actor's learning rate decays over them"""
@@ -560,8 +561,8 @@ def find_frames(env_id, path, count):
 def load_frames(env, path, device):
     """The frames (N, H, W, C) of a file, as bytes on the device, its transitions and what is to be known of them.
 
-    A row of the file is a frame and what was done there. timeouts = 1 ends an episode: it has no next frame and is left
-    out. terminals = 1 says that the task is done, after which OGBench's episodes go on. A transition's `stack`
+    A row of the file is a frame and what was done there. timeouts = 1 ends an episode: it has no next frame and is
+    left out. terminals = 1 says that the task is done, after which OGBench's episodes go on. A transition's `stack`
     (F + 1) holds the numbers of its observation's frames and of the next frame; actions (A,) lie in (-1, 1).
     """
     import h5py
@@ -570,7 +571,8 @@ def load_frames(env, path, device):
     keys = "actions", "rewards", "terminals", "timeouts"
     with h5py.File(path) as file:
         source, columns = file["frames"], {key: file[key][()] for key in keys}
-        if source.dtype != np.uint8 or [*source.shape[1:]] != shape or len(shape) != 3 or any(i % 8 for i in shape[:2]):
+        fits = source.dtype == np.uint8 and list(source.shape[1:]) == shape and len(shape) == 3
+        if not fits or any(side % 8 for side in shape[:2]):
             raise BadInput(f"{path}: frames are {source.dtype} {source.shape[1:]}; it takes bytes in the shape of the "
                            f"environment's observations, {tuple(shape)}, with sides that are multiples of 8")
         for key, column in columns.items():

@@ -1,5 +1,6 @@
 """MFQL on pixels: encoder, stacks of frames, crops, gradients, memory, resuming, and how OGBench's files become its
 data. No network; only what draws frames needs OpenGL, and is skipped without it."""
+import inspect
 import json
 import os
 import pathlib
@@ -280,6 +281,16 @@ def test_updates_move_every_encoder():
     critic, target = (after[f"{name}.stacks.0.conv.weight"] for name in ("critic_encoder", "target_encoder"))
     moved = (target - before["target_encoder.stacks.0.conv.weight"]).abs().max()
     assert 0 < moved < 4 * args.tau * (critic - before["critic_encoder.stacks.0.conv.weight"]).abs().max() + 1e-6
+
+
+def test_the_algorithm_is_that_of_the_state_script():
+    """Letter for letter: a file that says so must not drift."""
+    import mfql_offline
+
+    for name in ("gelu", "RMSNorm", "Block", "Policy", "TwinCritic", "sample_time", "mean_flow_output_and_target",
+                 "mean_flow_loss", "one_step_action", "best_of_n", "critic_loss", "actor_loss", "losses",
+                 "actor_learning_rate", "next_alpha_factor"):
+        assert inspect.getsource(getattr(m, name)) == inspect.getsource(getattr(mfql_offline, name)), name
 
 
 def test_acting_encodes_frames_as_training_does():
