@@ -804,7 +804,7 @@ def load(path, script=SCRIPT):
         if hashlib.sha256(contents[:-32]).digest() != contents[-32:]:  # torch would take a damaged file for good
             raise BadInput("damaged, or not as the script wrote it: its last 32 bytes are not the SHA-256 of the rest")
         state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-        if state["script"] != script:
+        if dict(state)["script"] != script:  # dict: what is none says so
             raise BadInput(f"of {state['script']}, not of {script}")
     return path.parent, state
 

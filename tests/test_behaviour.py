@@ -758,6 +758,7 @@ DAMAGES = {
     "a wrong instruction": lambda path: rewrite(path, "data.pkl", lambda s: s.replace(b"}q\x00(", b"}q\x00}", 1)),
     "a flipped bit": flipped_bit,
     "a list": lambda path: save_sealed([1, 2], path),
+    "a tensor": lambda path: save_sealed(torch.ones(3), path),  # asked for its "script" torch warns in three lines
     "nothing but its script": lambda path: save_sealed(
         {"script": torch.load(path, weights_only=True)["script"]}, path),
     "another script": other_script,
@@ -778,11 +779,13 @@ def assert_refused(m, argv, run, match):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
-def test_damaged_checkpoint_is_refused(m, run, flag, damage):
-    """One line that names the file, not a traceback."""
+def test_damaged_checkpoint_is_refused(m, run, flag, damage, recwarn):
+    """One line that names the file, not a traceback, and no warning beside it."""
     DAMAGES[damage](run / "checkpoint.pt")
     match = rf"^checkpoint {run}/checkpoint.pt: |^{run}, written by another version of {m.SCRIPT}: "
+    recwarn.clear()
     assert_refused(m, [flag, str(run)], run, match)
+    assert not recwarn.list
     if damage == "a flipped bit":
         assert_refused(m, [flag, str(run)], run, match="damaged, or not as the script wrote it")
 
