@@ -9,6 +9,7 @@ products of one update (2 per multiply-add); the peak is that of one large float
 """
 import importlib
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+import export  # noqa: E402
 import plain_mfql  # noqa: E402
 
 import mfql_offline  # noqa: E402
@@ -263,6 +265,18 @@ def acting(args):
 
             act()
             row(f"{script}, N = {count}", spread(timed(args, act), lambda s: 1e6 * s, "{:,.0f}"))
+            if args.cuda:
+                continue
+            program = export.export(agent, script, count, -torch.ones(ACT_DIM), torch.ones(ACT_DIM))[1]
+            loaded = torch.export.load(io.BytesIO(program)).module()
+            for name, policy in (("folded", export.fold(agent)), ("exported", loaded),
+                                 ("exported, `forward`, which does not check the inputs", loaded.forward)):
+                def act(script=script, policy=policy, count=count):
+                    draws = export.draw(script, 1, count, ACT_DIM, generator)
+                    return policy(torch.as_tensor(observation), *draws).numpy()
+
+                act()
+                row(f"{script}, N = {count}, {name}", spread(timed(args, act), lambda s: 1e6 * s, "{:,.0f}"))
     steps_of_one_network(args, device, observation)
     if args.peers and importlib.util.find_spec("stable_baselines3"):
         import gymnasium as gym

@@ -152,8 +152,8 @@ def test_torch_alone_acts(tmp_path):
         subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True)
 
     python(export.som_online.__file__, "--env-id", "Pendulum-v1", "--total-timesteps", "20", "--learning-starts", "10",
-           "--num-envs", "1", "--utd", "1", "--eval-episodes", "1", "--runs-dir", ".", "--run-name", "run", "--no-cuda",
-           "--policy-width", "16", "--critic-width", "16", "--batch-size", "16")
+           "--num-envs", "1", "--utd", "1", "--eval-episodes", "1", "--runs-dir", ".", "--run-name", "run",
+           "--no-cuda", "--policy-width", "16", "--critic-width", "16", "--batch-size", "16")
     python(export.__file__, "run", "--num-candidates", "2", "--out", "out")
     agent, _ = export.load_agent(run / "policy.pt")
     observations, seeded = torch.randn(3, 3), torch.Generator().manual_seed
