@@ -459,6 +459,13 @@ def test_sample_time_discrete_and_continuous():
     assert (t.squeeze(1).sort()[0] - uniform).abs().max() < 0.015
 
 
+def test_a_thousand_time_steps_are_still_discrete():
+    torch.manual_seed(0)
+    for time_steps, discrete in ((100, True), (1000, True), (1001, False)):
+        steps = time_steps * m.sample_time(500, time_steps, "cpu").double()
+        assert ((steps - steps.round()).abs() < 1e-3).all() == discrete
+
+
 @pytest.mark.parametrize("step, rate", [(0, 0.0), (25_000, 5e-5), (50_000, 1e-4), (100_000, 9.9386e-5),
                                         (525_000, 5.5e-5), (1_000_000, 1e-5), (1_500_000, 1e-5)])
 def test_actor_learning_rate_table(step, rate):

@@ -113,6 +113,15 @@ def test_networks_at_initialisation():
     assert all((weight[0] != weight[1]).any() for weight in critic.weights)
 
 
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.6, 0.5), (-1.5, 0.4), (3.0, 2.0)])
+def test_truncated_normal_has_the_distribution_between_both_ends(mean, std):
+    """Against the distribution function, by Kolmogorov and Smirnov."""
+    torch.manual_seed(0)
+    draws = m.truncated_normal(torch.tensor([[mean]]), torch.tensor([[std]]), 20_000).flatten().double().sort().values
+    low, high, found = (torch.special.ndtr(torch.as_tensor((x - mean) / std)) for x in (-1.0, 1.0, draws))
+    assert ((found - low) / (high - low) - (torch.arange(20_000) + 0.5) / 20_000).abs().max() < 0.015
+
+
 # ---------------------------------------------------------------- the score, the velocity and the actor's loss
 def table_q(values):
     """Critics with these values (2, K, B), whatever they are asked."""
