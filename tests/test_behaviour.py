@@ -387,7 +387,24 @@ def test_same_seed_same_numbers(m, data, baseline, tmp_path, monkeypatch, capsys
     """Also when the CPU is only the fallback of --cuda, which one line of output says."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_same_run(train(m, data, tmp_path, "--cuda"), baseline)
-    assert "no CUDA device: running on the CPU" in capsys.readouterr().err.splitlines()
+    said = capsys.readouterr()
+    assert "no CUDA device: running on the CPU, threads: 1 (OMP_NUM_THREADS)" in said.err.splitlines()
+    assert re.search(r"; evaluates every \d+ steps; run folder ", said.out.splitlines()[0])
+
+
+def test_one_thread_unless_told_otherwise(m, data, tmp_path, monkeypatch):
+    """Two that wait for each other on a busy machine made the default command look hung."""
+    for name, expected in ((None, 1), ("2", 2)):
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        if name:
+            monkeypatch.setenv("OMP_NUM_THREADS", name)
+        torch.set_num_threads(2)
+        try:
+            run = train(m, data, tmp_path / str(expected), budget(m.SCRIPT, 2))
+        finally:
+            torch.set_num_threads(1)
+            monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert json.loads((run / "args.json").read_text())["threads"] == expected
 
 
 def test_another_seed_other_numbers(m, data, baseline, tmp_path):
