@@ -50,6 +50,7 @@ class Leaps(gym.Env):
 
 
 gym.register("Leaps-v0", entry_point=Leaps)
+gym.register("kitchen-leaps-v0", entry_point=Leaps)
 
 
 @pytest.fixture(scope="module")
@@ -477,3 +478,10 @@ def test_from_checkpoint_wants_a_whole_checkpoint_of_mfql_offline(data, tmp_path
         m.main(["--from-checkpoint", str(offline / "policy.pt"), "--runs-dir", str(tmp_path / "none")])
     with pytest.raises(m.BadInput, match="of mfql_offline_to_online, not of mfql_offline"):
         m.main(["--from-checkpoint", str(own), "--runs-dir", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("env_id, steps, lines", [
+    ("kitchen-leaps-v0", "5", 1), ("kitchen-leaps-v0", "0", 0), ("Leaps-v0", "5", 0)])
+def test_kitchens_two_kinds_of_reward_are_told(data, tmp_path, capsys, env_id, steps, lines):
+    train(m, data, tmp_path, "--env-id", env_id, "--online-steps", steps)
+    assert capsys.readouterr().err.count("kitchen: the data reward a subtask in every step") == lines
