@@ -934,7 +934,7 @@ def main(argv=None):
     with blame(f"the online phase of {source}"):
         online = Online(env, agent, replay, args, state)
     if args.online_steps and args.env_id.startswith("kitchen-"):  # as D4RL has it
-        print("kitchen: the data reward a subtask in every step after it is done, the environment once", file=sys.stderr)
+        print("kitchen: data reward a subtask at every step once it is done, the environment once", file=sys.stderr)
     del data, replay
 
     with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):

@@ -484,4 +484,4 @@ def test_from_checkpoint_wants_a_whole_checkpoint_of_mfql_offline(data, tmp_path
     ("kitchen-leaps-v0", "5", 1), ("kitchen-leaps-v0", "0", 0), ("Leaps-v0", "5", 0)])
 def test_kitchens_two_kinds_of_reward_are_told(data, tmp_path, capsys, env_id, steps, lines):
     train(m, data, tmp_path, "--env-id", env_id, "--online-steps", steps)
-    assert capsys.readouterr().err.count("kitchen: the data reward a subtask in every step") == lines
+    assert capsys.readouterr().err.count("kitchen: data reward a subtask at every step") == lines
