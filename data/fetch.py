@@ -44,7 +44,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for data
 UNFINISHED = set()  # files and folders of this process that a signal must remove
 LIBRARY_ERRORS = (OSError, EOFError, KeyError, IndexError, RuntimeError, TypeError, ValueError, MemoryError,
                   struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # h5py's, NumPy's, zipfile's
-PACKING = dict(compression="lzf")  # of frames: benchmark/pixels.py compares
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 HDF5_PROBE = """import h5py, signal, sys
 signal.alarm(60)
@@ -325,7 +324,7 @@ def write_frames(path, source):
             np.lib.format.read_magic(stream)
             shape = np.lib.format.read_array_header_1_0(stream)[0]
             frames = file.create_dataset("frames", shape, np.uint8, chunks=(min(64, shape[0]), *shape[1:]),
-                                         fletcher32=True, **PACKING)
+                                         fletcher32=True, compression="gzip")
             for first in range(0, shape[0], 4096):
                 block = stream.read(4096 * math.prod(shape[1:]))  # at the end zipfile compares the checksum
                 frames[first:first + 4096] = np.frombuffer(block, np.uint8).reshape(-1, *shape[1:])
@@ -335,17 +334,18 @@ def write_frames(path, source):
 
 def say_size(name, source, folder):
     """What a pixel task will take, on stderr; BadInput if the disk has too little room."""
-    here, size = source.exists(), 1_001_000 * 64 * 64 * 3  # OGBench's
-    if here:
+    size = 1_001_000 * 64 * 64 * 3  # OGBench's frames, which pack to a seventh or so
+    need, what = 0.4 * size, "the download and the flat file"
+    if source.exists():
         try:
             with zipfile.ZipFile(regular_file(source)) as npz:
-                size = npz.getinfo("observations.npy").file_size
+                size, packed = npz.getinfo("observations.npy").file_size, npz.getinfo("observations.npy").compress_size
+                need, what = 1.5 * packed, "the flat file"
         except LIBRARY_ERRORS as error:
             raise BadInput(f"{source}: damaged or not a file of OGBench's ({error})") from error
-    need, free = size if here else 2 * size, shutil.disk_usage(folder).free
-    text = (f"{name}: {size / 1e9:.3g} GB of frames. Takes up to {need / 1e9:.3g} GB of disk for the flat file"
-            f"{'' if here else ' and the download'}, {free / 1e9:.3g} GB are free in {folder}; training will take "
-            f"{size / 1e9:.3g} GB of memory, of the GPU if there is one")
+    free = shutil.disk_usage(folder).free
+    text = (f"{name}: {what} will take about {need / 1e9:.2g} GB of disk, of {free / 1e9:.2g} GB that are free in "
+            f"{folder}, and training {size / 1e9:.3g} GB of memory, of the GPU if there is one")
     if free < need:
         raise BadInput(text)
     print(text, file=sys.stderr, flush=True)
