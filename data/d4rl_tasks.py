@@ -7,10 +7,12 @@ AntMaze needs MuJoCo alone. Kitchen and Adroit need `pip install gymnasium-robot
 tasks `pip install ogbench mujoco==3.11.0`; without them only making such a task fails, with gym.error.Error.
 How close these are to D4RL: `tests/test_d4rl_tasks.py`, `benchmark/antmaze_policies.py`.
 """
+import atexit
 import contextlib
 import importlib.metadata
 import io
 import pathlib
+import weakref
 
 import gymnasium as gym
 import mujoco
@@ -174,6 +176,12 @@ class OGBenchTask(gym.Wrapper):
         super().__init__(ogbench.make_env_and_datasets(name, env_only=True, success_timing="post",
                                                        render_mode=render_mode, disable_env_checker=True))
         self.observation_space = self.env.observation_space  # OGBench's draws a frame whenever it is asked
+        self.asked_mode, itself = render_mode, weakref.ref(self)
+        atexit.register(lambda: itself() and itself().close())  # else renderers complain that MuJoCo ended first
+
+    @property
+    def render_mode(self):
+        return self.asked_mode  # which OGBench's manipulation tasks forget
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:

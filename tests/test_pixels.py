@@ -46,6 +46,12 @@ class Blob(gym.Env):
 gym.register("Blob-v0", entry_point=Blob, disable_env_checker=True)
 
 
+@pytest.fixture(autouse=True)
+def no_lasting_choice_of_opengl(monkeypatch):
+    """The script sets it for its process, which here is that of other tests, too."""
+    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))
+
+
 def write(path, lengths=(5, 4, 6), **changes):
     """A flat file whose frame number i has colour i, with episodes of these lengths."""
     rng, count = np.random.default_rng(1), sum(lengths)
@@ -296,13 +302,13 @@ def test_the_algorithm_is_that_of_the_state_script():
 
 def test_acting_encodes_frames_as_training_does():
     agent, _ = make_agent("--num-candidates", "3")
-    frames = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (16, 3, 64, 64, 3), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
     found = agent.act(frames.flatten(1).float(), 3, generator)
-    noise = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(16, 3, 5, generator=torch.Generator().manual_seed(0))
     features = agent.features(agent.target_encoder, m.to_planes(frames))
     assert torch.equal(found, m.best_of_n(agent.policy, agent.target_critic, features, noise, agent.args)[0])
-    assert agent.act(frames.flatten(1).float(), 1, generator).shape == (2, 5)
+    assert agent.act(frames.flatten(1).float(), 1, generator).shape == (16, 5)
 
 
 # ---------------------------------------------------------------- whole runs
@@ -387,6 +393,29 @@ def test_without_opengl_there_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_ogbench_draws_what_the_encoder_takes():
+    """One reset and a step of the real task, in a process of its own, where OpenGL is there; nothing on stderr."""
+    pytest.importorskip("ogbench")
+    code = f"""
+import mfql_offline_pixels as m, numpy as np, sys
+try:
+    import mujoco
+    mujoco.GLContext(64, 64).free()
+except Exception as error:
+    sys.exit(print("skip", error))
+task = dict(env_id="FrameStack-v0", kwargs=dict(env_id="data.d4rl_tasks:{TASK}", count=3))
+env = m.make_env(task, render_mode="rgb_array")
+stacks = [o.reshape(3, 64, 64, 3) for o in (env.reset(seed=1)[0], env.step(np.ones(5, np.float32))[0])]
+print(env.render_mode, env.env.env.observation_space.shape, stacks[0].dtype, stacks[0].std() > 5,
+      (stacks[0] == stacks[0][0]).all(), (stacks[1][:2] == stacks[0][0]).all(), (stacks[1][2] != stacks[0][0]).any())
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "MUJOCO_GL": "egl"})
+    if done.stdout.startswith("skip"):
+        pytest.skip(done.stdout)
+    assert (done.stdout, done.stderr) == ("rgb_array (3, 64, 64, 3) uint8 True True True True\n", "")
+
+
 def test_task_defaults():
     for world, alpha in (("cube-single", 300), ("cube-double", 100), ("scene", 100), ("puzzle-3x3", 300),
                          ("puzzle-4x4", 300)):
@@ -463,11 +492,33 @@ def test_fetch_refuses_a_damaged_file_and_a_full_disk(tmp_path, monkeypatch):
         fetch.fetch(TASK, tmp_path / "x.npz", tmp_path / "x.hdf5")
 
 
+def test_generator_puts_a_frame_and_what_was_done_there_into_one_row():
+    """On the environment without pixels, where the observation can be computed from qpos."""
+    pytest.importorskip("ogbench")
+    import ogbench.manipspace  # noqa: F401
+
+    from data import collect_pixels
+
+    env = gym.make("cube-single-v0", terminate_at_goal=False, mode="data_collection", max_episode_steps=120)
+    policies = collect_pixels.make_policies(env, "cube-single")
+    np.random.seed(0)
+    rows, data = collect_pixels.play(env, policies, 0, seed=3), env.unwrapped._data
+    target, again = data.mocap_pos.copy(), env.reset(seed=3)[0]
+    assert rows["terminals"] == [False] * 119 + [True] and np.abs(rows["actions"]).max() <= 1
+    assert (rows["observations"][0] == again).all() and (rows["qpos"][0] == data.qpos).all()
+    assert (target != data.mocap_pos).any()  # a new one after the first plan
+    for number in (1, 60, 119):
+        joints = rows["observations"][number][:6]  # the arm's, with which the observation begins
+        assert joints == pytest.approx(rows["qpos"][number][:6], abs=1e-12)
+    cube = np.array(rows["qpos"])[:, 14:17]
+    assert np.abs(cube[-1] - cube[0]).max() > 0.05  # it was carried
+
+
 def test_the_state_script_refuses_frames_in_one_line(tmp_path):
     """Rather than making float32 copies of 12 GB of bytes."""
     import mfql_offline
 
     write(tmp_path / "blob.hdf5")
-    with pytest.raises(mfql_offline.BadInput, match="observations"):
+    with pytest.raises(mfql_offline.BadInput, match="object 'observations' doesn't exist"):
         mfql_offline.main(["--env-id", "Blob-v0", "--dataset-path", str(tmp_path / "blob.hdf5"), "--runs-dir",
                            str(tmp_path), "--no-cuda"])
