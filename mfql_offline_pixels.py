@@ -684,7 +684,7 @@ def load(path, script=SCRIPT):
         if hashlib.sha256(contents[:-32]).digest() != contents[-32:]:  # torch would take a damaged file for good
             raise BadInput("damaged, or not as the script wrote it: its last 32 bytes are not the SHA-256 of the rest")
         state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-        if state["script"] != script:
+        if dict(state)["script"] != script:  # dict: what is none says so
             raise BadInput(f"of {state['script']}, not of {script}")
     return path.parent, state
 
@@ -728,8 +728,11 @@ def main(argv=None):
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # on a busy machine two that wait for each other are many times slower
     if args.cuda and device.type == "cpu":
-        print("no CUDA device: running on the CPU", file=sys.stderr)
+        print(f"no CUDA device: running on the CPU, threads: {torch.get_num_threads()} (OMP_NUM_THREADS)",
+              file=sys.stderr)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # what a graph captures may not have begun on the default stream
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
@@ -795,9 +798,10 @@ def main(argv=None):
         log_file.seek(log_file.truncate(end))  # later rows will be written again
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
+    compiling = ", after half a minute of compiling" if args.compile else ""
     print(f"{args.env_id}: {about_data['transitions']} transitions, {about_data['episodes']} episodes, mean return "
-          f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; frames take "
-          f"{frames.nbytes / 1e9:.3g} GB; run folder {run_dir}")
+          f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; evaluates every {args.eval_interval} steps"
+          f"{compiling}; frames take {frames.nbytes / 1e9:.3g} GB; run folder {run_dir}")
 
     def log(metrics):
         log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
