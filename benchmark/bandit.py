@@ -1,4 +1,4 @@
-"""SOM's one-step actor on a bandit with four equally good actions: prints the table of docs/algorithms.md (three minutes).
+"""SOM's one-step actor on a bandit with four equally good actions: the table of docs/algorithms.md (three minutes).
 
     python benchmark/bandit.py
 """

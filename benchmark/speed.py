@@ -24,12 +24,12 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import export  # noqa: E402
 import plain_mfql  # noqa: E402
+from pixels import flops  # noqa: E402
 
 import mfql_offline  # noqa: E402
 import ofql_offline  # noqa: E402
@@ -115,8 +115,7 @@ def updating(args, script, options):
     module, device = importlib.import_module(script), torch.device("cuda" if args.cuda else "cpu")
     replay = made_up_replay(100_000, device)
     eager = module.Agent(OBS_DIM, ACT_DIM, replace(options, compile=False), device)
-    with FlopCounterMode(display=False) as counter:  # of an eager update: compiled functions would not run under it
-        eager.update(module.sample(replay, options.batch_size))
+    operations = flops(lambda: eager.update(module.sample(replay, options.batch_size)))  # a compiled one would fail
     agent = module.Agent(OBS_DIM, ACT_DIM, options, device)
 
     def update():
@@ -128,7 +127,7 @@ def updating(args, script, options):
     if args.cuda and options.cuda_graph:
         call, count = module.capture(update, 10), 10
         call()
-    return [seconds / count for seconds in timed(args, call)], counter.get_total_flops(), call
+    return [seconds / count for seconds in timed(args, call)], operations, call
 
 
 def updating_plainly(args, options):
@@ -140,9 +139,7 @@ def updating_plainly(args, options):
         return plain.update(mfql_offline.sample(replay, options.batch_size))
 
     update()
-    with FlopCounterMode(display=False) as counter:
-        update()
-    return timed(args, update), counter.get_total_flops()
+    return timed(args, update), flops(update)
 
 
 def matrix_peak(args):
