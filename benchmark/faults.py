@@ -165,7 +165,8 @@ def make_data(rng, m, campaign, folder, kind):
             del part[key]
         more[0].write_text(json.dumps({**about, "env_spec": json.dumps(part)} if how == "env_spec" else about))
         plausible = value in (None, "missing") or isinstance(value, (int, float)) and abs(value) < np.inf
-        what, may = f"{key} = {value!r}", "anything" if "score" in key and plausible else "the same"
+        meant = "score" in key and plausible or key == "max_episode_steps" and value in (None, 10**9)
+        what, may = f"{key} = {value!r}", "anything" if meant else "the same"
     return f"{how}: {what}", campaign.argv(m, folder, kind, root), may
 
 
