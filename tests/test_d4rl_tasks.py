@@ -309,6 +309,23 @@ def test_kitchen_counts_no_other_subtask_and_two_at_once():
     assert env.step(np.zeros(9, np.float32))[1] == 2
 
 
+def test_kitchen_rewards_what_the_returned_observation_shows():
+    """As D4RL does: within 0.3 of the goal by the noisy numbers, whatever the noiseless ones are."""
+    env = make("kitchen-complete-v0")
+    env.reset(seed=0)
+    kitchen, seen = env, []
+    while type(kitchen).__name__ != "Kitchen":
+        kitchen = kitchen.env
+    kitchen.noise = 30 * kitchen.noise  # up to 0.3
+    for _ in range(40):
+        kitchen.todo = {"microwave"}
+        env.unwrapped.data.qpos[22] = -0.75 + 0.3
+        observation, reward, *_ = env.step(np.zeros(9, np.float32))
+        assert reward == (abs(observation[22] + 0.75) < 0.3)
+        seen.append(reward)
+    assert 5 < sum(seen) < 35  # with the noiseless number nearly all would be alike
+
+
 @pytest.mark.parametrize("distance, reward", [(0.27, 1), (0.33, 0)])
 def test_kitchen_threshold(distance, reward):
     env = make("kitchen-complete-v0")
