@@ -1003,6 +1003,8 @@ def main(argv=None):
     parts, episode = {}, None  # episode: metrics of one that has just ended
     if checkpoint is not None and args.seed == checkpoint["args"]["seed"]:  # else other batches, other noise
         evaluated, parts = checkpoint["evaluated"], checkpoint.get("parts", {})
+        rate = checkpoint["optimizers"][0]["param_groups"][0]["lr"]
+        agent.actor_optimizer.param_groups[0]["lr"].copy_(rate)  # a row may come before the next update
         torch.set_rng_state(checkpoint["random_cpu"])
         if device.type == "cuda" and checkpoint["random_cuda"] is not None:  # None: saved on a CPU
             torch.cuda.set_rng_state(checkpoint["random_cuda"])

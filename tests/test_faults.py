@@ -8,7 +8,7 @@ import test_behaviour as tests
 BENCHMARK = tests.ROOT / "benchmark"
 FAULTS = {  # what mfql_offline.py says, what it says with a fault, and what the campaign says to that
     "if hashlib.sha256(contents[:-32]).digest() != contents[-32:]:": ("if False:", "checkpoint: (accepted|trace)"),
-    'torch.set_rng_state(checkpoint["random_cpu"])': ("pass", "[^:]*: resumed to something else"),
+    'torch.set_rng_state(checkpoint["random_cpu"])': ("pass", "kill: [^:]*: resumed to something else"),
     'raise BadInput(f"{what}: {text}{hint}") from error': ("raise", "(hdf5|minari): trace"),
     "if not low <= value <= high:": ("if False:", "flag: accepted"),
 }
