@@ -26,7 +26,8 @@ differently is a flag each; docs/algorithms.md gives both sets as commands. Devi
 default: the policy itself proposes a' (there its moving average); the critic has LayerNorm and a Tanh (there neither);
 (3) is a mean (there a squared norm), which sets the unit of eta; (4) clips (not stated there); (7) takes one random
 critic and divides by the other's mean |Q| at the policy's actions (there by that at the data's); the last three as in
-all three code bases. eta per task is unpublished, see `TASKS`. Defaults for tasks outside the paper are ours.
+all three code bases. eta per task is unpublished, see `TASKS`. Defaults for locomotion and for tasks that the paper
+does not have are ours.
 """
 import contextlib
 import hashlib
@@ -195,7 +196,7 @@ TASKS = {
     r"pen-(human|cloned)-v1": (50, 0.1, dict(reward_normalization="standardize")),
 }
 BUNDLED = "meanflow/hopper/medium-replay-v0"
-# Target network, schedule and noise temperature are the author's code base's, the rest ours (benchmark/results).
+# Target network, schedule and noise temperature are the author's code base's, the rest ours (docs/results.md).
 LOCOMOTION = dict(gamma=0.995, tau=0.995, target_interval=5, reward_scale=0.1, eta=0.1, inverse_temperature=30.0,
                   noise_temperature=1.0, learning_rate_schedule="cosine")
 
