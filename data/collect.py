@@ -5,7 +5,7 @@
     python mfql_offline.py --env-id Hopper-v4 --dataset-path sets/Hopper-v4_medium-replay_1.hdf5
 
 The *medium* policy is the first whose sampled actions reach --medium-score on average over --eval-episodes episodes
-(if none does, the best one seen, and that is said); the *expert* is the policy after --total-timesteps.
+(if none does, the best one seen, and that is said); the *expert* is the best one seen in all of --total-timesteps.
   medium-replay    every step of the SAC run up to the medium policy, in order, the first ones random; whole episodes
   medium           --rows steps of the medium policy, actions sampled as in training; whole episodes
   medium-expert    half of those steps, then as many of the expert
@@ -48,11 +48,11 @@ class Args:
     """score of the medium policy, in percent of the way from D4RL's random to its expert return, or, for a task that
     D4RL does not have, its return; None: the policy after --total-timesteps is medium, and nothing is evaluated"""
     total_timesteps: int = 250_000
-    """environment steps of SAC at most; the policy after all of them is the expert"""
+    """environment steps of SAC at most, all of them for an expert"""
     rows: int = 200_000
     """steps of medium and of medium-expert, to the next end of an episode"""
     eval_interval: int = 5_000
-    """steps between two evaluations in the search for the medium policy"""
+    """steps between two evaluations in the search for the medium policy and the expert"""
     eval_episodes: int = 10
     """episodes of such an evaluation"""
     seed: int = 1
@@ -112,13 +112,15 @@ def mean_return(data):
     return float(data["rewards"].sum(dtype=np.float64) / (data["terminals"] | data["timeouts"]).sum())
 
 
-def train_to_medium(model, args, score):
-    """Trains until the medium policy, see the top: (a copy of it, its step, its score, None where not evaluated)."""
-    if args.medium_score is None:
+def train(model, args, score, goal, best=(None, 0, -np.inf)):
+    """Trains until a policy reaches the score `goal`, or to the end: (copy of the best policy, its step, its score).
+
+    `best` is the best one so far. With goal None nothing is evaluated and the last policy, of score None, is returned.
+    """
+    if goal is None:
         model.learn(args.total_timesteps, log_interval=100)
         return copy.deepcopy(model.policy), model.num_timesteps, None
-    best = None, 0, -np.inf
-    while best[2] < args.medium_score and model.num_timesteps < args.total_timesteps:
+    while model.num_timesteps < args.total_timesteps and best[2] < goal:
         steps = min(args.eval_interval, args.total_timesteps - model.num_timesteps)
         model.learn(steps, log_interval=100, reset_num_timesteps=model.num_timesteps == 0)
         env = SeededResets(gym.make(args.env_id), args.seed, 800_000)  # the same episodes each time
@@ -128,8 +130,6 @@ def train_to_medium(model, args, score):
         print(f"step {model.num_timesteps}: score {reached:.1f}", flush=True)
         if reached > best[2]:
             best = copy.deepcopy(model.policy), model.num_timesteps, reached
-    if best[2] < args.medium_score:
-        print(f"no policy reached {args.medium_score:.1f}: the best, of step {best[1]}, is medium", file=sys.stderr)
     return best
 
 
@@ -185,25 +185,27 @@ def collect(args):
 
     model = stable_baselines3.SAC("MlpPolicy", SeededResets(gym.make(args.env_id), args.seed), seed=args.seed,
                                   device="cpu", verbose=1, buffer_size=args.total_timesteps + 1)  # never full
-    medium, step, reached = train_to_medium(model, args, score)
-    named = f"medium policy of step {step}" + ("" if reached is None else f", score {reached:.1f}")
+    medium = train(model, args, score, args.medium_score)
+    named = f"medium policy of step {medium[1]}" + ("" if medium[2] is None else f", score {medium[2]:.1f}")
+    if medium[2] is not None and medium[2] < args.medium_score:
+        print(f"no policy reached {args.medium_score:.1f}: the best, of step {medium[1]}, is medium and expert",
+              file=sys.stderr)
     write("medium-replay", *replayed(model), named)
     if qualities == ["medium-replay"]:
         return
     with torch.random.fork_rng():  # further training does not depend on what is written
         rows = args.rows if "medium" in qualities else args.rows // 2
-        data, following = roll_out(medium, SeededResets(gym.make(args.env_id), args.seed, 400_000), rows)
+        data, following = roll_out(medium[0], SeededResets(gym.make(args.env_id), args.seed, 400_000), rows)
     write("medium", data, following, named)
     if "medium-expert" not in qualities:
         return
-    if model.num_timesteps < args.total_timesteps:
-        model.learn(args.total_timesteps - model.num_timesteps, log_interval=100, reset_num_timesteps=False)
+    policy, step, _ = train(model, args, score, np.inf, medium)
     ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
     half = ends[ends >= args.rows // 2][0]
     data, following = {key: value[:half] for key, value in data.items()}, following[:half]
-    expert, then = roll_out(model.policy, SeededResets(gym.make(args.env_id), args.seed, 600_000), args.rows // 2)
+    expert, then = roll_out(policy, SeededResets(gym.make(args.env_id), args.seed, 600_000), args.rows // 2)
     write("medium-expert", {key: np.concatenate([value, expert[key]]) for key, value in data.items()},
-          np.concatenate([following, then]), f"{named}; expert of step {model.num_timesteps}, score "
+          np.concatenate([following, then]), f"{named}; expert of step {step}, score "
           f"{score(mean_return(expert)):.1f}")
 
 
