@@ -21,13 +21,12 @@ paper's numbers]:
   (7) L_actor = L_FBC - eta mean Q_i(s, a(e)) / sg[mean |Q_j(s, a(e))|],  {i, j} = {1, 2} at random [after 38]
   (8) acting: of N actions a(T e_i), i is drawn with probability softmax(w min_k Q'_k(s, a(T e_i))): CleanDiffuser's
 
-What the paper's text (with official diffusion Q-learning for what it leaves open) and the author's code base do
-differently is a flag each; docs/algorithms.md gives both sets as commands. Deviations from the paper's text by
-default: the policy itself proposes a' (there its moving average); the critic has LayerNorm and a Tanh (there neither);
-(3) is a mean (there a squared norm), which sets the unit of eta; (4) clips (not stated there); (7) takes one random
-critic and divides by the other's mean |Q| at the policy's actions (there by that at the data's); the last three as in
-all three code bases. eta per task is unpublished, see `TASKS`. Defaults for locomotion and for tasks that the paper
-does not have are ours.
+On the paper's tasks (`TASKS`) the defaults are its text and, where that is silent, the author's code base; what that
+code base does otherwise is a flag each, and all of it a command in docs/algorithms.md. Deviations from the text: (3)
+is a mean (there a squared norm), which sets the unit of eta; (4) clips (not stated there); (7) takes one random critic
+and divides by the other's mean |Q| at the policy's actions (there by that at the data's); all as in the three code
+bases. eta per task is unpublished. On other data the defaults are ours: the policy itself proposes a' (in the paper
+its moving average), and the critic has LayerNorm and a Tanh (there neither).
 """
 import contextlib
 import hashlib
@@ -180,23 +179,33 @@ RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to
     **dict.fromkeys(("eval_episodes", "num_envs", "policy_width", "critic_width", "num_candidates", "num_proposals",
                      "num_candidates_eval", "num_candidates_target"), (1, 10_000)),
 }
-# Values that differ per task: the first pattern that matches --env-id sets the defaults of the flags it names. The
-# inverse temperatures are CleanDiffuser's. The paper publishes no eta per task: these are InsQL's in the author's code
-# base, snapped to the paper's grid. The shift of AntMaze is the author's code base's (the paper: --reward-scale 4
-# --reward-shift -2).
+# The paper's tasks: its text and, where that is silent, the author's code base (whose own settings are one command of
+# docs/algorithms.md). The inverse temperatures are CleanDiffuser's. The paper publishes no eta per task: these are
+# InsQL's in the author's code base, snapped to the paper's grid.
+PAPER = dict(tau=0.995, target_interval=5, target_policy="ema", critic_form="plain", learning_rate_schedule="cosine",
+             weight_decay=0.01)
+MUJOCO = dict(PAPER, offline_steps=2_000_000)
+ANTMAZE = dict(PAPER, reward_scale=4.0, reward_shift=-2.0)
 TASKS = {
     # pattern: inverse temperature w, eta, further flags
-    r"antmaze-umaze(-diverse)?-v2": (10, 0.01, dict(reward_shift=-1.0)),  # not in the paper: medium-play's w, eta
-    r"antmaze-medium-play-v2": (10, 0.01, dict(reward_shift=-1.0, max_q_backup=True)),
-    r"antmaze-medium-diverse-v2": (5, 0.001, dict(reward_shift=-1.0, max_q_backup=True)),
-    r"antmaze-large-play-v2": (5, 0.3, dict(reward_shift=-1.0, max_q_backup=True)),
-    r"antmaze-large-diverse-v2": (10, 0.3, dict(reward_shift=-1.0, max_q_backup=True)),
-    r"kitchen-(complete|partial|mixed)-v0": (3, 0.01, dict()),  # eta: official diffusion Q-learning's .005, snapped
+    r"halfcheetah-medium-expert-v2": (50, 0.1, MUJOCO),
+    r"hopper-medium-expert-v2": (8, 0.01, MUJOCO),
+    r"halfcheetah-medium(-replay)?-v2": (50, 0.5, MUJOCO),  # no eta in the code base: the grid's largest
+    r"hopper-medium(-replay)?-v2": (100, 0.01, MUJOCO),
+    r"walker2d-medium(-expert)?-v2": (300, 0.1, MUJOCO),
+    r"walker2d-medium-replay-v2": (300, 0.01, MUJOCO),
+    r"antmaze-umaze(-diverse)?-v2": (10, 0.01, ANTMAZE),  # not in the paper: medium-play's w, eta
+    r"antmaze-medium-play-v2": (10, 0.01, dict(ANTMAZE, max_q_backup=True)),
+    r"antmaze-medium-diverse-v2": (5, 0.001, dict(ANTMAZE, max_q_backup=True)),
+    r"antmaze-large-play-v2": (5, 0.3, dict(ANTMAZE, max_q_backup=True)),
+    r"antmaze-large-diverse-v2": (10, 0.3, dict(ANTMAZE, max_q_backup=True)),
+    r"kitchen-(complete|partial|mixed)-v0": (3, 0.01, PAPER),  # eta: official diffusion Q-learning's .005, snapped
     # reward and eta (human: .15) as official diffusion Q-learning; w ours
-    r"pen-(human|cloned)-v1": (50, 0.1, dict(reward_normalization="standardize")),
+    r"pen-(human|cloned)-v1": (50, 0.1, dict(PAPER, reward_normalization="standardize")),
 }
 BUNDLED = "meanflow/hopper/medium-replay-v0"
-# Target network, schedule and noise temperature are the author's code base's, the rest ours (docs/results.md).
+# Other locomotion data: target network, schedule and noise temperature are the author's code base's, the rest ours
+# (docs/results.md).
 LOCOMOTION = dict(gamma=0.995, tau=0.995, target_interval=5, reward_scale=0.1, eta=0.1, inverse_temperature=30.0,
                   noise_temperature=1.0, learning_rate_schedule="cosine")
 
@@ -206,14 +215,14 @@ def task_defaults(env_id):
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
         return dict(LOCOMOTION, offline_steps=20_000, eval_episodes=20, eval_interval=4_000,
                     policy_width=128, critic_width=128, compile=shutil.which("g++") is not None)
+    for pattern, (inverse_temperature, eta, more) in TASKS.items():
+        if re.fullmatch(pattern, env_id):
+            return dict(more, inverse_temperature=inverse_temperature, eta=eta)
     if re.match(r"([\w.-]+/)?halfcheetah[-/]", env_id.lower()):  # ours, from one file, which it does not master
         return dict(LOCOMOTION, gamma=0.99, tau=0.01, target_interval=1, eta=2.0, inverse_temperature=1.0,
                     offline_steps=2_000_000)
     if re.match(r"([\w.-]+/)?(hopper|walker2d|ant)[-/]", env_id.lower()):  # Hopper-v5 as well
         return dict(LOCOMOTION, offline_steps=2_000_000)
-    for pattern, (inverse_temperature, eta, more) in TASKS.items():
-        if re.fullmatch(pattern, env_id):
-            return dict(inverse_temperature=inverse_temperature, eta=eta, **more)
     return {}
 
 

@@ -148,8 +148,9 @@ class Args:
     """w: give the score this length, keeping its direction (the paper's 25, with --path vp); None: as it is"""
     path: Literal["vp", "linear"] = "linear"
     """Eq. (1): linear learned the bandits better; vp is the paper's"""
-    q_normalization: Literal["state", "batch", "none"] = "state"
-    """Qbar of Eq. (2): standardised over the K proposals of each state, or over the whole batch, or not at all"""
+    q_normalization: Literal["spread", "batch", "none"] = "spread"
+    """Qbar of Eq. (2): Q over its standard deviation between uniform actions of one state (root mean square over the
+    batch), or standardised over all proposals of the batch (sharper the smaller t is), or Q itself"""
     flow_ratio: float = 0.25
     """fraction of the batch with r = t"""
     adaptive_power: float = 0.0
@@ -249,50 +250,59 @@ def sample_times(batch_size, args, device):
     return t, r
 
 
-def truncated_normal(mean, std, count):
-    """(K, B, A) draws of N(mean, std^2) within [-1, 1], by inversion; far tails fall back on clipping.
+def actor_draws(batch_size, act_dim, args, device):
+    """All that is random in `actor_loss`, drawn here, so that a compiled loss has the same numbers."""
+    draw_proposals = torch.rand if args.score == "posterior" else torch.randn
+    return dict(
+        noise=torch.randn(batch_size, act_dim, device=device),  # e of Eq. (1)
+        times=sample_times(batch_size, args, device),
+        proposals=draw_proposals(args.num_proposals, batch_size, act_dim, device=device),  # for a_0^i of Eq. (2)
+        pair=2 * torch.rand(2, batch_size, act_dim, device=device) - 1,  # two actions per state, for Qbar
+        own=torch.rand(batch_size, 1, device=device) < args.policy_actions,  # rows whose a_0 is the policy's ...
+        own_noise=torch.randn(batch_size, act_dim, device=device),  # ... made from this
+    )
 
-    In float64, whose distribution function reaches 1 at 8.3 standard deviations and not, as float32's, at 5.5.
-    """
-    mean, std = mean.double(), std.double()
+
+def truncated_normal(mean, std, uniform):
+    """(K, B, A) draws of N(mean, std^2) within [-1, 1], by inversion, from uniform (K, B, A) in [0, 1)."""
+    side, mean = torch.where(mean < 0, -1.0, 1.0), mean.abs()  # float32 resolves the lower tail only: mirror the other
     low, high = (-1 - mean) / std, (1 - mean) / std
     p_low, p_high = torch.special.ndtr(low), torch.special.ndtr(high)
-    uniform = torch.rand(count, *mean.shape, dtype=torch.float64, device=mean.device)
     z = torch.special.ndtri(p_low + (p_high - p_low) * uniform)
-    # torch.where instead of an `if` or of picking the rows: a CUDA graph holds neither, only tensors of fixed shape
-    z = torch.where(z.isfinite(), z, torch.randn_like(z).clamp(low, high))
-    return (mean + std * z).clamp(-1, 1).float()
+    z = torch.where(z.isfinite(), z, high)  # 13 deviations away all of it lies at the wall
+    return side * (mean + std * z).clamp(-1, 1)
 
 
-def proposal_logits(critic, observations, proposals, args):
+def proposal_logits(critic, observations, proposals, pair, args):
     """alpha Qbar(s, a_0^i), (K, B), of proposals (K, B, A), Q the smaller critic."""
     q = critic(observations.expand(len(proposals), -1, -1), proposals).amin(0)
-    if args.q_normalization != "none":
-        dims = 0 if args.q_normalization == "state" else (0, 1)
-        q = (q - q.mean(dims, keepdim=True)) / (q.std(dims, keepdim=True) + 1e-6)
+    if args.q_normalization == "spread":
+        first, second = critic(observations.expand(2, -1, -1), pair).amin(0)
+        q = q / (((first - second).square().mean() / 2).sqrt() + 1e-6)  # mean variance of Q over uniform actions
+    if args.q_normalization == "batch":
+        q = (q - q.mean()) / (q.std() + 1e-6)
     return args.alpha * q
 
 
-def score(critic, observations, a_t, t, args):
+def score(critic, observations, a_t, t, draws, args):
     """Monte Carlo estimate of the score of p_t at a_t, (B, A): Eq. (3), or Eq. (10)."""
     mu, sigma = mu_sigma(t, args)
     if args.score == "posterior":
-        proposals = truncated_normal(a_t / mu, sigma / mu, args.num_proposals)  # Eq. (2): a_0^i within [-1, 1]
-        logits = proposal_logits(critic, observations, proposals, args)
+        proposals = truncated_normal(a_t / mu, sigma / mu, draws["proposals"])  # Eq. (2): a_0^i within [-1, 1]
+        logits = proposal_logits(critic, observations, proposals, draws["pair"], args)
         weights = torch.softmax(logits, 0)  # Eq. (2): w_i = softmax_i(alpha Qbar(s, a_0^i))
         mean = torch.einsum("kb,kba->ba", weights, proposals)
         return (mu * mean - a_t) / sigma.square()  # Eq. (3): S = (mu_t sum_i w_i a_0^i - a_t) / sigma_t^2
     with torch.enable_grad():
         a_t = a_t.detach().requires_grad_()
-        z = torch.randn(args.num_proposals, *a_t.shape, device=a_t.device)
-        logits = proposal_logits(critic, observations, a_t / mu + sigma / mu * z, args)
+        logits = proposal_logits(critic, observations, a_t / mu + sigma / mu * draws["proposals"], draws["pair"], args)
         return torch.autograd.grad(logits.logsumexp(0).sum(), a_t)[0]  # Eq. (10): S = ∂/∂a_t log sum_i exp(alpha Qbar)
 
 
 @torch.no_grad()
-def velocity(critic, observations, a_t, t, args):
+def velocity(critic, observations, a_t, t, draws, args):
     """v, (B, A): the derivative of a_t in t along the probability-flow ODE of p_t. Eq. (4)"""
-    s = score(critic, observations, a_t, t, args)
+    s = score(critic, observations, a_t, t, draws, args)
     if args.score_scale is not None:
         s = args.score_scale * s / (s.norm(dim=-1, keepdim=True) + 1e-6)
     if args.path == "linear":
@@ -329,11 +339,12 @@ def critic_loss(policy, critic, target_critic, batch, next_noise, args):
     return (q - y).square().mean(1).sum()  # Eq. (8): L_critic = sum_k mean (Q_k - y)^2
 
 
-def mean_flow_output_and_target(policy, critic, observations, actions, noise, t, r, args):
+def mean_flow_output_and_target(policy, critic, observations, actions, draws, args):
     """The network's output at (a_t, r, t; s) and its stop-gradient regression target, both (B, A)."""
+    t, r = draws["times"]
     mu, sigma = mu_sigma(t, args)
-    a_t = mu * actions + sigma * noise  # Eq. (1): a_t = mu_t a_0 + sigma_t e
-    v = velocity(critic, observations, a_t, t, args)
+    a_t = mu * actions + sigma * draws["noise"]  # Eq. (1): a_t = mu_t a_0 + sigma_t e
+    v = velocity(critic, observations, a_t, t, draws, args)
     u, du_dt = jvp(lambda a, r, t: policy(observations, a, r, t), (a_t, r, t),
                    (v, torch.zeros_like(r), torch.ones_like(t)))  # Eq. (5): du/dt = v ∂u/∂a_t + ∂u/∂t
     u_tgt = v - (t - r) * du_dt  # Eq. (5): u_tgt = v - (t - r) du/dt
@@ -341,14 +352,13 @@ def mean_flow_output_and_target(policy, critic, observations, actions, noise, t,
 
 
 def actor_loss(policy, critic, batch, draws, args):
-    """L_actor, Eq. (6): a scalar."""
-    noise, (t, r), own_noise = draws
+    """L_actor, Eq. (6): a scalar. draws: of `actor_draws`."""
     actions = batch["actions"]
     if args.policy_actions > 0:
-        own = torch.rand_like(t) < args.policy_actions  # a bool tensor: how many rows it picks may not shape a tensor
         with torch.no_grad():
-            actions = torch.where(own, one_step_action(policy, batch["observations"], own_noise), actions)
-    u, u_tgt = mean_flow_output_and_target(policy, critic, batch["observations"], actions, noise, t, r, args)
+            own = one_step_action(policy, batch["observations"], draws["own_noise"])
+            actions = torch.where(draws["own"], own, actions)  # a bool tensor: its count may not shape a tensor
+    u, u_tgt = mean_flow_output_and_target(policy, critic, batch["observations"], actions, draws, args)
     d = (u - u_tgt).square().mean(-1)  # (B,)
     return ((d.detach() + 1e-3) ** -args.adaptive_power * d).mean()  # Eq. (6): L_actor = mean sg[(d + c)^-p] d
 
@@ -376,11 +386,7 @@ class Agent(nn.Module):
         """One gradient step on a batch; returns the losses as device scalars."""
         args, device, (batch_size, act_dim) = self.args, self.obs_mean.device, batch["actions"].shape
         next_noise = torch.randn(batch_size, args.num_candidates_target, act_dim, device=device)
-        draws = (
-            torch.randn(batch_size, act_dim, device=device),  # e of Eq. (1)
-            sample_times(batch_size, args, device),
-            torch.randn(batch_size, act_dim, device=device),  # for a_0 of the policy
-        )
+        draws = actor_draws(batch_size, act_dim, args, device)
         l_critic = self.critic_loss(self.policy, self.critic, self.target_critic, batch, next_noise, args)
         self.critic_optimizer.zero_grad()
         l_critic.backward()
@@ -583,8 +589,6 @@ def main(argv=None):
         print(json.dumps({"step": step, "num_candidates": candidates, **metrics}))
         return 0
 
-    if args.num_proposals < 2 and args.q_normalization == "state":
-        raise BadInput("--num-proposals 1 has no spread to normalise by: take more, or --q-normalization none")
     if args.learning_starts >= args.total_timesteps:
         raise BadInput(f"--learning-starts must be below --total-timesteps {args.total_timesteps}, or nothing trains")
     if args.buffer_size < args.num_envs:
@@ -600,10 +604,10 @@ def main(argv=None):
 
     with blame(f"--env-id {args.env_id}, --buffer-size {args.buffer_size}"):  # which may be more than the memory holds
         capacity = min(args.buffer_size, max(args.total_timesteps, step) + args.num_envs)
-        shapes = dict(observations=(obs_dim,), actions=(act_dim,), rewards=(), masks=(), next_observations=(obs_dim,))
-        replay = {key: torch.zeros(capacity, *shape, device=device) for key, shape in shapes.items()}
-        for key, value in checkpoint.pop("replay").items() if checkpoint else ():
-            replay[key][:len(value)] = value.to(device)
+        sizes = dict(observations=obs_dim, actions=act_dim, rewards=1, masks=1, next_observations=obs_dim)
+        buffer, digest = torch.zeros(capacity, sum(sizes.values()), device=device), hashlib.sha256()
+        replay = dict(zip(sizes, buffer.split(list(sizes.values()), 1)))
+        replay |= {key: replay[key][:, 0] for key in ("rewards", "masks")}
         envs = [make_env(task) for _ in running]
         observations = np.stack([reset(i) for i in range(args.num_envs)])
         for i, episode in enumerate(running):  # of a resumed run: same seed, same actions, same state
@@ -611,6 +615,18 @@ def main(argv=None):
                 observations[i] = envs[i].step(action.numpy())[0]
         if checkpoint is not None and not np.array_equal(observations, checkpoint["observations"].numpy()):
             raise BadInput(f"not deterministic: the unfinished episodes in {run_dir} went another way this time")
+    # replay.bin holds every step so far, float32 (step, sum(sizes)), and only grows; the checkpoint knows its digest.
+    replay_bytes = 4 * buffer.shape[1] * step
+    if checkpoint is not None:
+        with blame(f"{run_dir / 'replay.bin'}, which belongs to the checkpoint"):
+            with open(run_dir / "replay.bin", "rb") as file:
+                contents = file.read(replay_bytes)
+            digest.update(contents)
+            if digest.hexdigest() != checkpoint["replay"]:
+                raise BadInput("damaged, or of another run")
+            rows = np.frombuffer(contents, np.float32).reshape(step, -1)[-capacity:]
+            buffer[torch.arange(step - len(rows), step, device=device) % capacity] = torch.tensor(rows, device=device)
+            del contents, rows
 
     with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):
         if args.track:
@@ -626,6 +642,8 @@ def main(argv=None):
         log_file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         end = min(checkpoint["log_offset"], log_file.tell()) if checkpoint else 0
         log_file.seek(log_file.truncate(end))  # later rows will be written again
+        replay_file = (run_dir / "replay.bin").open("ab")
+        replay_file.seek(replay_file.truncate(replay_bytes))
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
     compiling = ", after half a minute of compiling" if args.compile else ""
@@ -651,9 +669,9 @@ def main(argv=None):
         more = dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], random_cpu=torch.get_rng_state(),
                     random_cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None,
                     log_offset=log_file.tell(), evaluated=evaluated, updates=updates, running=running,
-                    observations=torch.as_tensor(observations),
-                    # row = step * num_envs + environment; copies, since torch would save the whole buffer
-                    replay={key: value[:step].to("cpu", copy=True) for key, value in replay.items()})
+                    observations=torch.as_tensor(observations), replay=digest.hexdigest())
+        replay_file.flush()
+        os.fsync(replay_file.fileno())
         for path, contents in ((run_dir / "policy.pt", state), (run_dir / "checkpoint.pt", {**state, **more})):
             partial = path.with_suffix(".tmp")
             try:
@@ -719,9 +737,11 @@ def main(argv=None):
             results = [env.step(action) for env, action in zip(envs, played.numpy())]
             next_observations, rewards, terminated, truncated = map(np.stack, list(zip(*results))[:4])
             rows = torch.arange(step, step + args.num_envs, device=device) % capacity
-            values = observations, actions, rewards, 1.0 - terminated, next_observations
-            for column, value in zip(replay.values(), values):
-                column.index_copy_(0, rows, torch.as_tensor(value, dtype=torch.float32, device=device))
+            values = np.concatenate([observations, played, rewards[:, None], 1.0 - terminated[:, None],
+                                     next_observations], 1, dtype=np.float32)
+            buffer.index_copy_(0, rows, torch.as_tensor(values, device=device))
+            replay_file.write(values)
+            digest.update(values)
             step += args.num_envs
             bar.update(args.num_envs)
             observations = next_observations.copy()

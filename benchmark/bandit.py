@@ -38,8 +38,7 @@ def train(steps, learning_rate, flags, batch_size=256):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         batch = dict(observations=torch.zeros(batch_size, 1), actions=2 * torch.rand(batch_size, 2) - 1)
-        draws = (torch.randn(batch_size, 2), som_online.sample_times(batch_size, args, "cpu"),
-                 torch.randn(batch_size, 2))
+        draws = som_online.actor_draws(batch_size, 2, args, "cpu")
         loss = som_online.actor_loss(policy, q, batch, draws, args)
         optimizer.zero_grad()
         loss.backward()

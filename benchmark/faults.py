@@ -176,6 +176,9 @@ def make_checkpoint(rng, m, campaign, folder, kind):
     path = shutil.copytree(old, folder / "runs" / old.name) / "checkpoint.pt"
     if flag == "--evaluate" and rng.random() < 0.5:
         path = path.with_name("policy.pt")
+    steps = path.with_name("replay.bin")
+    if steps.exists() and flag == "--resume" and rng.random() < 0.4:
+        return damage(rng, steps), [flag, str(path)], "nothing"
     if rng.random() < 0.8:
         return damage(rng, path), [flag, str(path)], "nothing"
     state = rng.choice([[1], torch.ones(3), 1, "x", {}, {**torch.load(path, weights_only=True), "script": "x"}])

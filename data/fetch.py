@@ -450,41 +450,40 @@ def compress(path):
 
 
 def from_run(run, name, datasets_dir):
-    """Writes the replay buffer of a som_online.py run as a Minari data set, see the top; returns the line to print.
-
-    An episode that the end of the run cuts off counts as truncated. Where the buffer has overwritten rows, the
-    episodes that lost their beginning are left out.
-    """
+    """Writes all steps of a som_online.py run as a Minari data set, see the top; returns the line to print. An episode
+    that the end of the run cuts off counts as truncated."""
     import gymnasium as gym
     import torch
 
     from data.d4rl_tasks import REFERENCE_SCORES
 
-    final, path = minari_folder(name, datasets_dir), regular_file(run / "checkpoint.pt" if run.is_dir() else run)
+    final, path, steps = minari_folder(name, datasets_dir), regular_file(run / "checkpoint.pt"), run / "replay.bin"
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch does not compare checksums
-            raise BadInput(f"{path}: {damaged} in it is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        args, step = checkpoint["args"], checkpoint["step"]
-        replay = {key: value.numpy() for key, value in checkpoint["replay"].items()}
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        args, step, (num_envs, obs_dim) = checkpoint["args"], checkpoint["step"], checkpoint["observations"].shape
         gym.logger.min_level = gym.logger.ERROR  # as in make_env
-        env, capacity, episodes = gym.make(args["env_id"]), len(replay["rewards"]), []
-        for i in range(args["num_envs"]):  # row number is step * num_envs + environment, modulo the buffer's size
-            rows = np.arange(max(step - capacity, 0), step)
-            rows = rows[rows % args["num_envs"] == i] % capacity
-            ends = replay["masks"][rows[:-1]] == 0
-            ends |= (replay["next_observations"][rows[:-1]] != replay["observations"][rows[1:]]).any(1)
-            episodes += np.split(rows, np.flatnonzero(ends) + 1)[1 if step > capacity else 0:]
-        if not episodes:
-            raise BadInput(f"{path}: no whole episode is left in the replay buffer")
-        rows = np.concatenate(episodes)
-        data = {key: replay[key][rows] for key in KEYS[:3]}
-        box, last = env.action_space, np.cumsum([len(episode) for episode in episodes]) - 1
-        data["actions"] = (box.low + (data["actions"] + 1) / 2 * (box.high - box.low)).astype(box.dtype)
-        data["terminals"], data["timeouts"] = replay["masks"][rows] == 0, np.zeros(len(rows), dtype=bool)
-        data["timeouts"][last] = ~data["terminals"][last]
-        check_rows(path, data, env)
-        final_observations = replay["next_observations"][rows[last]]
+        env = gym.make(args["env_id"])
+        widths = obs_dim, *env.action_space.shape, 1, 1, obs_dim  # of the columns of replay.bin
+        with open(regular_file(steps), "rb") as file:
+            contents = file.read(4 * sum(widths) * step)
+        if hashlib.sha256(contents).hexdigest() != checkpoint["replay"]:
+            raise BadInput(f"{steps}: damaged, or not of the run in {path}")
+        table = np.frombuffer(contents, np.float32).reshape(step, sum(widths))
+        columns = np.split(table, np.cumsum(widths)[:-1], 1)
+        episodes = []
+        for i in range(num_envs):  # row = step * num_envs + environment
+            rows = np.arange(i, step, num_envs)
+            ends = columns[3][rows[:-1], 0] == 0
+            ends |= (columns[4][rows[:-1]] != columns[0][rows[1:]]).any(1)
+            episodes += np.split(rows, np.flatnonzero(ends) + 1)
+        rows, last = np.concatenate(episodes), np.cumsum([len(episode) for episode in episodes]) - 1
+        observations, actions, rewards, masks, next_observations = (column[rows] for column in columns)
+        box, terminals = env.action_space, masks[:, 0] == 0
+        data = dict(observations=observations, rewards=rewards[:, 0], terminals=terminals,
+                    actions=(box.low + (actions + 1) / 2 * (box.high - box.low)).astype(box.dtype),
+                    timeouts=np.isin(np.arange(len(rows)), last) & ~terminals)
+        check_rows(steps, data, env)
+        final_observations = next_observations[last]
     except (pickle.UnpicklingError, AttributeError, gym.error.Error, *LIBRARY_ERRORS) as error:
         raise BadInput(f"{path}: damaged or not a checkpoint of som_online.py ({error})") from error
     spec = gym.spec(env.spec.id)
@@ -493,8 +492,7 @@ def from_run(run, name, datasets_dir):
         final, name, data, last, final_observations, env, algorithm_name="som_online", code_permalink="som_online.py",
         ref_min_score=spec.kwargs.get("ref_min_score", low), ref_max_score=spec.kwargs.get("ref_max_score", high),
         description=f"What som_online.py collected in {step} steps with {json.dumps(args)}")
-    lost = "" if step == len(rows) else f" (of {step}; the buffer has overwritten the beginning of the others)"
-    return f"wrote {len(rows)} steps{lost}, {len(episodes)} episodes, to {final}: --env-id {name}"
+    return f"wrote {len(rows)} steps, {len(episodes)} episodes, to {final}: --env-id {name}"
 
 
 # ---------------------------------------------------------------- command line

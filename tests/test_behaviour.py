@@ -256,7 +256,8 @@ def test_run_folder_holds_the_documented_files(m, data, baseline):
     """Scripts that read run folders rely on these names; data are known by fingerprint and by size."""
     assert baseline.name == f"Short-v0__{m.SCRIPT}__1"
     assert {path.name for path in baseline.iterdir()} - {".lock"} == {
-        "args.json", "metrics.jsonl", "checkpoint.pt", "policy.pt", "done.json"}
+        "args.json", "metrics.jsonl", "checkpoint.pt", "policy.pt", "done.json",
+        *["replay.bin"] * (m.SCRIPT == "som_online")}
     about = json.loads((baseline / "args.json").read_text())
     assert about["args"] == m.asdict(m.parse_args(flags(m.SCRIPT, data, baseline.parent, "--run-name x"))[0]) | {
         "run_name": None}
@@ -683,10 +684,13 @@ def test_resuming_a_finished_run_changes_nothing(m, run, baseline):
     assert (run / "metrics.jsonl").read_bytes() == logged
 
 
-def test_resuming_a_checkpoint_that_was_moved_alone(m, run, tmp_path):
+def test_resuming_a_checkpoint_that_was_moved(m, run, tmp_path):
     """Without its old metrics.jsonl the new one must still be JSON in every line."""
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(run / "checkpoint.pt", tmp_path / "elsewhere")
+    if m.SCRIPT == "som_online":  # whose steps are part of it
+        assert_refused(m, ["--resume", str(tmp_path / "elsewhere")], tmp_path / "elsewhere", match="replay.bin")
+        shutil.copy(run / "replay.bin", tmp_path / "elsewhere")
     argv = ["--resume", str(tmp_path / "elsewhere" / "checkpoint.pt"), *longer(m.SCRIPT, 28).split()]
     assert m.main(argv) == 0
     assert {row["step"] for row in rows(tmp_path / "elsewhere")} == {28 * STRIDE[m.SCRIPT]}

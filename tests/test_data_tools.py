@@ -658,8 +658,8 @@ def test_ogbench_download_by_its_library(servers, cube_rows, own_folders, tmp_pa
 
 
 # ---------------------------------------------------------------- what an online run collected
-def online_run(folder, steps, capacity, num_envs=2, env_id="Pendulum-v1", act_dim=1, obs_dim=3):
-    """A checkpoint like som_online.py's, and its rows. Environment i has episodes of 4 + i steps, of which every other
+def online_run(folder, steps, num_envs=2, env_id="Pendulum-v1", act_dim=1, obs_dim=3):
+    """A run folder like som_online.py's, and its rows. Environment i has episodes of 4 + i steps, of which every other
     one terminates; row number r, of environment r % num_envs, has observation r."""
     rows = np.arange(steps)
     time_of, i = rows // num_envs, rows % num_envs
@@ -668,30 +668,28 @@ def online_run(folder, steps, capacity, num_envs=2, env_id="Pendulum-v1", act_di
     following = observations + num_envs + 0.5 * ends[:, None]  # not what the next row begins with where one ends
     values = dict(observations=observations, actions=np.linspace(-1, 1, steps)[:, None].repeat(act_dim, 1),
                   rewards=rows, masks=1 - (ends & (number % 2 == 0)), next_observations=following)
-    replay = {key: torch.zeros(min(steps, capacity), *value.shape[1:]) for key, value in values.items()}
-    for row in range(steps):
-        for key, value in values.items():
-            replay[key][row % capacity] = torch.as_tensor(value[row], dtype=torch.float32)
+    values = {key: np.float32(value) for key, value in values.items()}
+    contents = np.concatenate([value.reshape(steps, -1) for value in values.values()], 1).tobytes()
     folder.mkdir()
-    torch.save({"script": "som_online", "step": steps, "replay": replay, "args": {
-        "env_id": env_id, "num_envs": num_envs, "buffer_size": capacity, "seed": 1}}, folder / "checkpoint.pt")
+    (folder / "replay.bin").write_bytes(contents + b"steps after the checkpoint")
+    torch.save({"script": "som_online", "step": steps, "replay": hashlib.sha256(contents).hexdigest(),
+                "observations": torch.zeros(num_envs, obs_dim), "args": {"env_id": env_id}}, folder / "checkpoint.pt")
     return values, ends, i
 
 
-@pytest.mark.parametrize("capacity", [1000, 41, 40])
-def test_an_online_run_becomes_a_minari_data_set(tmp_path, own_folders, capacity):
-    """Row by row against a plain loop, in the environment's torques; what is overwritten is left out."""
-    values, ends, environment = online_run(tmp_path / "run", 90, capacity)
+def test_an_online_run_becomes_a_minari_data_set(tmp_path, own_folders):
+    """Row by row against a plain loop, in the environment's torques."""
+    values, ends, environment = online_run(tmp_path / "run", 90)
     line = fetch.from_run(tmp_path / "run", "me/pendulum-v0", None)
-    expected, first = [], max(90 - capacity, 0)
+    expected = []
     for i in (0, 1):
-        episode, whole = [], first == 0
-        for row in range(first, 90):
+        episode = []
+        for row in range(90):
             if environment[row] == i:
                 episode.append(row)
                 if ends[row] or row + 2 >= 90:
-                    expected += [episode] if whole else []
-                    episode, whole = [], True
+                    expected.append(episode)
+                    episode = []
     dataset = minari.load_dataset("me/pendulum-v0")
     assert dataset.total_episodes == len(expected) and dataset.env_spec.id == "Pendulum-v1"
     for episode, rows in zip(dataset.iterate_episodes(), expected):
@@ -700,15 +698,14 @@ def test_an_online_run_becomes_a_minari_data_set(tmp_path, own_folders, capacity
         np.testing.assert_array_equal(episode.rewards, rows)
         np.testing.assert_array_equal(episode.terminations, values["masks"][rows] == 0)
         np.testing.assert_array_equal(episode.truncations, (np.array(rows) == rows[-1]) & (values["masks"][rows] == 1))
-    kept = sum(map(len, expected))
-    assert f"wrote {kept} steps" in line and ("overwritten" in line) == (capacity < 90)
+    assert "wrote 90 steps" in line and sum(map(len, expected)) == 90
     assert "ref_min_score" not in dataset.storage.metadata
     names = {path.name for path in files(own_folders)}
     assert names == {"main_data.hdf5", "metadata.json"}
 
 
 def test_from_run_as_a_process_without_jax_and_with_reference_scores(tmp_path, own_folders):
-    online_run(tmp_path / "run", 40, 100, env_id="Hopper-v5", obs_dim=11, act_dim=3)
+    online_run(tmp_path / "run", 40, env_id="Hopper-v5", obs_dim=11, act_dim=3)
     flags = ["--from-run", tmp_path / "run", "me/hopper/own-v3", "--datasets-dir", tmp_path / "sets"]
     code, out, error = run(*flags, before="sys.modules['jax'] = sys.modules['jaxlib'] = None")
     assert (code, error) == (0, "") and len(out.splitlines()) == 1
@@ -719,35 +716,42 @@ def test_from_run_as_a_process_without_jax_and_with_reference_scores(tmp_path, o
     assert code == 2 and "exists" in error and len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("case", ["name", "no run", "a bit", "half", "another file", "no replay", "nothing left",
-                                  "NaN", "wrong shape", "pickle"])
-def test_bad_runs_are_refused(tmp_path, own_folders, case):
-    path, name = tmp_path / "run" / "checkpoint.pt", "me/x-v0"
-    online_run(tmp_path / "run", 400, 6 if case == "nothing left" else 1000, obs_dim=4 if case == "wrong shape" else 3)
-    whole = path.read_bytes()
-    checkpoint = torch.load(path)
+@pytest.mark.parametrize("case, at", [
+    ("name", "x"), ("no run", "checkpoint.pt"), ("half", "checkpoint.pt"), ("another file", "checkpoint.pt"),
+    ("no replay", "checkpoint.pt"), ("pickle", "checkpoint.pt"), ("wrong shape", "replay.bin"), ("NaN", "replay.bin"),
+    ("no steps", "replay.bin"), ("a bit", "replay.bin"), ("cut", "replay.bin"), ("longer checkpoint", "replay.bin")])
+def test_bad_runs_are_refused(tmp_path, own_folders, case, at):
+    path, steps, name = tmp_path / "run" / "checkpoint.pt", tmp_path / "run" / "replay.bin", "me/x-v0"
+    online_run(tmp_path / "run", 400, obs_dim=4 if case == "wrong shape" else 3)
+    whole, checkpoint, table = path.read_bytes(), torch.load(path), bytearray(steps.read_bytes())
     if case == "name":
         name = "x"
     elif case == "no run":
         path.unlink()
-    elif case == "a bit":  # in the numbers, which torch loads without a word
-        place = whole.index(np.float32(77).tobytes())
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1:])
     elif case == "half":
         path.write_bytes(whole[:len(whole) // 2])
     elif case == "another file":
         path.write_text("hello")
     elif case == "no replay":
         torch.save({"args": {}, "step": 3}, path)
-    elif case == "NaN":
-        checkpoint["replay"]["rewards"][17] = torch.nan
-        torch.save(checkpoint, path)
     elif case == "pickle":
         torch.save({"args": os.system}, path)
+    elif case == "NaN":
+        table[36 * 17 + 16:36 * 17 + 20] = np.float32(np.nan).tobytes()  # the reward of row 17
+        steps.write_bytes(table)
+        torch.save(checkpoint | {"replay": hashlib.sha256(table[:36 * 400]).hexdigest()}, path)
+    elif case == "no steps":
+        steps.unlink()
+    elif case == "a bit":
+        table[5000] ^= 64
+        steps.write_bytes(table)
+    elif case == "cut":
+        steps.write_bytes(table[:4000])
+    elif case == "longer checkpoint":
+        torch.save(checkpoint | {"step": 402}, path)
     with pytest.raises(fetch.BadInput) as caught:
         fetch.from_run(tmp_path / "run", name, None)
-    assert name in str(caught.value) if case == "name" else str(path) in str(caught.value)
-    assert ("is damaged" in str(caught.value)) == (case == "a bit") and not files(own_folders)
+    assert at in str(caught.value) and not files(own_folders)
 
 
 # ---------------------------------------------------------------- collect.py and the benchmark's data

@@ -49,7 +49,7 @@ DEFAULTS = {
         total_timesteps=1_000_000, learning_rate=3e-4, num_candidates=32, num_candidates_eval=None,  # RELAX
         num_proposals=100, flow_ratio=0.25,  # third-party implementation
         learning_starts=10_000, tau=0.02, alpha=10.0, path="linear", score="posterior", score_scale=None,  # ours
-        q_normalization="state", adaptive_power=0.0, policy_actions=0.0, num_candidates_target=1,  # ours
+        q_normalization="spread", adaptive_power=0.0, policy_actions=0.0, num_candidates_target=1,  # ours
         exploration_noise=0.0),  # NC-LQL: none
 }
 BUNDLED, ONLINE = "meanflow/hopper/medium-replay-v0", "InvertedDoublePendulum-v4"
@@ -141,24 +141,40 @@ OFQL_LOCOMOTION = dict(  # InsQL: nearly a copy of the critic every fifth step, 
     gamma=0.995, reward_scale=0.1, inverse_temperature=30.0)
 CHEETAH = dict(OFQL_LOCOMOTION, tau=0.01, eta=2.0, inverse_temperature=1.0, offline_steps=2_000_000)  # ours
 del CHEETAH["target_interval"], CHEETAH["gamma"]  # as the class has them
+OFQL_PAPER = dict(  # the text: moving average in the target, plain critic; InsQL: the rest
+    target_policy="ema", critic_form="plain", tau=0.995, target_interval=5, learning_rate_schedule="cosine",
+    weight_decay=0.01)
+MUJOCO = dict(OFQL_PAPER, offline_steps=2_000_000)  # the paper: two million on MuJoCo
+ANTMAZE = dict(OFQL_PAPER, reward_scale=4.0, reward_shift=-2.0, max_q_backup=True)  # the paper: 4 (r - 0.5)
+UMAZE = dict(ANTMAZE, inverse_temperature=10, eta=0.01)
+del UMAZE["max_q_backup"]  # official: no backup on umaze
 OFQL_TASKS = {
-    # CleanDiffuser's w, InsQL's eta in the paper's grid, InsQL's reward, the paper's backup
-    "antmaze-medium-play-v2": dict(inverse_temperature=10, eta=0.01, reward_shift=-1.0, max_q_backup=True),
-    "antmaze-medium-diverse-v2": dict(inverse_temperature=5, eta=0.001, reward_shift=-1.0, max_q_backup=True),
-    "antmaze-large-play-v2": dict(inverse_temperature=5, eta=0.3, reward_shift=-1.0, max_q_backup=True),
-    "antmaze-large-diverse-v2": dict(inverse_temperature=10, eta=0.3, reward_shift=-1.0, max_q_backup=True),
-    "antmaze-umaze-v2": dict(inverse_temperature=10, eta=0.01, reward_shift=-1.0),  # official: no backup on umaze
-    "antmaze-umaze-diverse-v2": dict(inverse_temperature=10, eta=0.01, reward_shift=-1.0),
+    # CleanDiffuser's w (50 is the class's), InsQL's eta in the paper's grid (0.1 is the class's)
+    "halfcheetah-medium-expert-v2": MUJOCO,
+    "hopper-medium-expert-v2": dict(MUJOCO, inverse_temperature=8, eta=0.01),
+    "walker2d-medium-expert-v2": dict(MUJOCO, inverse_temperature=300),
+    "halfcheetah-medium-v2": dict(MUJOCO, eta=0.5),
+    "hopper-medium-v2": dict(MUJOCO, inverse_temperature=100, eta=0.01),
+    "walker2d-medium-v2": dict(MUJOCO, inverse_temperature=300),
+    "halfcheetah-medium-replay-v2": dict(MUJOCO, eta=0.5),
+    "hopper-medium-replay-v2": dict(MUJOCO, inverse_temperature=100, eta=0.01),
+    "walker2d-medium-replay-v2": dict(MUJOCO, inverse_temperature=300, eta=0.01),
+    "antmaze-medium-play-v2": dict(ANTMAZE, inverse_temperature=10, eta=0.01),
+    "antmaze-medium-diverse-v2": dict(ANTMAZE, inverse_temperature=5, eta=0.001),
+    "antmaze-large-play-v2": dict(ANTMAZE, inverse_temperature=5, eta=0.3),
+    "antmaze-large-diverse-v2": dict(ANTMAZE, inverse_temperature=10, eta=0.3),
+    "antmaze-umaze-v2": UMAZE,
+    "antmaze-umaze-diverse-v2": UMAZE,
     # CleanDiffuser's w, official diffusion Q-learning's eta .005 in the paper's grid
-    "kitchen-partial-v0": dict(inverse_temperature=3, eta=0.01),
-    "kitchen-mixed-v0": dict(inverse_temperature=3, eta=0.01),
-    "kitchen-complete-v0": dict(inverse_temperature=3, eta=0.01),
-    # official diffusion Q-learning: standardised rewards, eta .1 (human .15); w 50 and eta .1 are the class's
-    "pen-human-v1": dict(reward_normalization="standardize"),
-    "pen-cloned-v1": dict(reward_normalization="standardize"),
-    **{name: dict(OFQL_LOCOMOTION, offline_steps=2_000_000)  # the paper: two million on MuJoCo
-       for name in ("hopper-medium-v2", "walker2d-medium-replay-v2", "Walker2d-v4", "mujoco/ant/expert-v0")},
-    **dict.fromkeys(("halfcheetah-medium-v2", "HalfCheetah-v5", "mujoco/halfcheetah/medium-v0"), CHEETAH),
+    "kitchen-partial-v0": dict(OFQL_PAPER, inverse_temperature=3, eta=0.01),
+    "kitchen-mixed-v0": dict(OFQL_PAPER, inverse_temperature=3, eta=0.01),
+    "kitchen-complete-v0": dict(OFQL_PAPER, inverse_temperature=3, eta=0.01),
+    # official diffusion Q-learning: standardised rewards, eta .1 (human .15); w 50 is the class's
+    "pen-human-v1": dict(OFQL_PAPER, reward_normalization="standardize"),
+    "pen-cloned-v1": dict(OFQL_PAPER, reward_normalization="standardize"),
+    **{name: dict(OFQL_LOCOMOTION, offline_steps=2_000_000)
+       for name in ("hopper-random-v2", "walker2d-expert-v2", "Walker2d-v4", "mujoco/ant/expert-v0")},
+    **dict.fromkeys(("halfcheetah-random-v2", "HalfCheetah-v5", "mujoco/halfcheetah/medium-v0"), CHEETAH),
     BUNDLED: dict(OFQL_LOCOMOTION, offline_steps=20_000, eval_episodes=20, eval_interval=4_000, policy_width=128,
                   critic_width=128, **(dict(compile=True) if shutil.which("g++") else {})),
 }

@@ -31,7 +31,8 @@ def integrate(q, dim, steps=150, count=300, **flags):
     a_t, observations = torch.randn(count, dim), torch.zeros(count, 1)
     times = torch.linspace(1 - 1e-3, 1e-3, steps + 1)
     for t, t_next in zip(times, times[1:]):
-        a_t = a_t - (t - t_next) * m.velocity(q, observations, a_t, t.expand(count, 1), args)
+        draws = m.actor_draws(count, dim, args, "cpu")
+        a_t = a_t - (t - t_next) * m.velocity(q, observations, a_t, t.expand(count, 1), draws, args)
     return a_t.clamp(-1, 1)
 
 
@@ -41,9 +42,9 @@ def shares(actions):
 
 
 @pytest.mark.parametrize("path", ["vp", "linear"])
-def test_default_field_keeps_all_modes(path):
+def test_unscaled_field_keeps_all_modes(path):
     """Mean Q above 0.95 and no mode under a tenth: the target policy is sampled, not one of its modes."""
-    actions = integrate(modes4, 2, path=path)
+    actions = integrate(modes4, 2, path=path, alpha=10.0)
     assert modes4(None, actions).mean() > 0.95 and min(shares(actions)) > 0.1
 
 
@@ -55,9 +56,23 @@ def test_score_of_fixed_length_keeps_all_modes():
 
 @pytest.mark.parametrize("dim", [2, 6])
 def test_fixed_length_finds_the_maximum_of_a_quadratic(dim):
-    """w = 25: mean Q within 0.05 of the best. The unscaled default is a soft policy: near it, not on it."""
-    assert quad(None, integrate(quad, dim, path="vp", score_scale=25.0, alpha=1.0)).mean() > -0.05
-    assert quad(None, integrate(quad, dim)).mean() > {2: -0.05, 6: -0.3}[dim]
+    """w = 25: mean Q within 0.1 of the best. Unscaled, a soft policy: near it, not on it."""
+    assert quad(None, integrate(quad, dim, path="vp", score_scale=25.0, alpha=1.0)).mean() > -0.1
+    assert quad(None, integrate(quad, dim, alpha=10.0)).mean() > {2: -0.15, 6: -0.6}[dim]
+    assert quad(None, integrate(quad, dim, alpha=100.0)).mean() > {2: -0.03, 6: -0.3}[dim]
+
+
+@pytest.mark.parametrize("alpha", [10.0, 30.0])
+def test_alpha_counts_deviations_of_q_between_uniform_actions(alpha):
+    """Q = -(a - 0.2)^2: mean and deviation of p(a) ~ exp(alpha Q / std Q), the deviation (0.137, 0.079) to 15 %."""
+    def q(observations, actions):
+        return -(actions[..., 0] - 0.2).square().expand(2, *actions.shape[:-1])
+
+    grid = torch.linspace(-1, 1, 10_001).double().unsqueeze(1)
+    p = torch.softmax(alpha * q(None, grid)[0] / q(None, grid)[0].std(), 0)
+    actions = integrate(q, 1, steps=100, count=1000, alpha=alpha)
+    assert actions.mean().item() == pytest.approx(0.2, abs=0.02)
+    assert actions.std().item() == pytest.approx((p @ (grid - 0.2).square()).sqrt().item(), rel=0.15)
 
 
 def test_literal_reading_fails():
@@ -81,7 +96,8 @@ def test_score_against_the_closed_form(path, score, alpha):
 
     torch.manual_seed(0)
     expected = -a_t / (mu.square() / alpha + sigma.square())
-    torch.testing.assert_close(m.score(q, torch.zeros(8, 1), a_t, t, args), expected, rtol=0.1, atol=0.06)
+    draws = m.actor_draws(8, 2, args, "cpu")
+    torch.testing.assert_close(m.score(q, torch.zeros(8, 1), a_t, t, draws, args), expected, rtol=0.1, atol=0.06)
 
 
 def test_path_of_the_fact_sheet():
@@ -90,18 +106,6 @@ def test_path_of_the_fact_sheet():
     assert mu[0] == pytest.approx(math.exp(-5.025), rel=1e-4) and sigma[0] / mu[0] == pytest.approx(152, rel=0.01)
     assert sigma[1] == pytest.approx(0.28, abs=0.005)
     torch.testing.assert_close(mu.square() + sigma.square(), torch.ones(2))
-
-
-def test_truncated_normal_is_finite_everywhere_and_right_where_it_is_known():
-    """Means far outside the box and tiny or huge deviations; mean and deviation of a half-truncated normal."""
-    torch.manual_seed(0)
-    for std in (1e-3, 0.1, 1.0, 152.0):
-        draws = m.truncated_normal(torch.linspace(-300, 300, 61).reshape(61, 1), torch.full((61, 1), std), 50)
-        assert draws.isfinite().all() and draws.abs().max() <= 1
-        assert (draws[:, :10] == -1).float().mean() > (0.9 if std < 1 else -1)
-    draws = m.truncated_normal(torch.tensor([[1.0]]), torch.tensor([[0.3]]), 100_000)
-    assert draws.mean() == pytest.approx(1 - 0.3 * math.sqrt(2 / math.pi), abs=0.005)
-    assert draws.std() == pytest.approx(0.3 * math.sqrt(1 - 2 / math.pi), abs=0.005)
 
 
 def test_equal_times_reduce_to_the_velocity():
@@ -113,10 +117,12 @@ def test_equal_times_reduce_to_the_velocity():
     field = torch.randn(16, 2).double()
     original, m.velocity = m.velocity, lambda *_: field
     try:
-        u, target = m.mean_flow_output_and_target(policy, None, observations, actions, noise, t, t, args)
+        draws = dict(noise=noise, times=(t, t))
+        u, target = m.mean_flow_output_and_target(policy, None, observations, actions, draws, args)
         torch.testing.assert_close(target, field)
         r = t / 3
-        u, target = m.mean_flow_output_and_target(policy, None, observations, actions, noise, t, r, args)
+        draws = dict(noise=noise, times=(t, r))
+        u, target = m.mean_flow_output_and_target(policy, None, observations, actions, draws, args)
     finally:
         m.velocity = original
     mu, sigma = m.mu_sigma(t, args)
@@ -128,15 +134,34 @@ def test_equal_times_reduce_to_the_velocity():
     assert not target.requires_grad and u.requires_grad
 
 
-@pytest.mark.parametrize("normalization, dims", [("state", 0), ("batch", (0, 1)), ("none", None)])
-def test_q_normalization(normalization, dims):
-    """Standardised over the proposals of each state, over everything, or not at all; times alpha."""
-    q = torch.randn(2, 50, 4) + torch.arange(4) * 10
-    logits = m.proposal_logits(lambda o, a: q, torch.zeros(4, 1), torch.zeros(50, 4, 2),
-                               m.Args(alpha=3.0, q_normalization=normalization))
+@pytest.mark.parametrize("normalization", ["spread", "batch", "none"])
+def test_q_normalization(normalization):
+    """Over what two actions of one state differ by, standardised over everything, or as it is; times alpha. The
+    smaller critic's pairs are 1 and 4, 2 and 3: variances 9 / 2 and 1 / 2, on average 2.5."""
+    q = torch.randn(2, 50, 2) + torch.arange(2) * 10
+    pairs = torch.tensor([[[1.0, 7.0], [4.0, 3.0]], [[9.0, 2.0], [5.0, 4.0]]])  # (critic, action, state)
+    logits = m.proposal_logits(lambda o, a: q if len(a) == 50 else pairs, torch.zeros(2, 1), torch.zeros(50, 2, 2),
+                               torch.zeros(2, 2, 2), m.Args(alpha=3.0, q_normalization=normalization))
     low = q.amin(0)
-    expected = low if dims is None else (low - low.mean(dims, keepdim=True)) / low.std(dims, keepdim=True)
+    expected = {"spread": low / 2.5**0.5, "batch": (low - low.mean()) / low.std(), "none": low}[normalization]
     torch.testing.assert_close(logits, 3 * expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_spread_does_not_feel():
+    """The scale of Q, and whatever is added to it that only the state decides; nor a state's place in the batch."""
+    torch.manual_seed(0)
+    observations, proposals, pair = torch.randn(8, 3), torch.rand(20, 8, 2) * 2 - 1, torch.rand(2, 8, 2) * 2 - 1
+    critic = m.TwinCritic(3, 2, 16, 2)
+
+    def weights(q, rows=slice(None)):
+        logits = m.proposal_logits(q, observations[rows], proposals[:, rows], pair[:, rows], m.Args(alpha=3.0))
+        return logits.softmax(0)
+
+    found, order = weights(critic), torch.randperm(8)
+    assert (found.amax(0) / found.amin(0)).median() > 5
+    for q in (lambda o, a: 100 * critic(o, a) - 7, lambda o, a: critic(o, a) + 5 * o.prod(-1)):
+        torch.testing.assert_close(weights(q), found, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(weights(critic, order), found[:, order])
 
 
 def test_best_of_n_and_bellman_target():
@@ -167,8 +192,7 @@ def train(q, dim, steps=1000, **flags):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / steps)
         batch = dict(observations=torch.zeros(256, 1), actions=2 * torch.rand(256, dim) - 1)
-        draws = torch.randn(256, dim), m.sample_times(256, args, "cpu"), torch.randn(256, dim)
-        loss = m.actor_loss(policy, q, batch, draws, args)
+        loss = m.actor_loss(policy, q, batch, m.actor_draws(256, dim, args, "cpu"), args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -183,15 +207,15 @@ def one_step_actions(policy, dim, num_candidates=1):
 
 def test_one_step_actor_keeps_all_modes():
     """The default, in one evaluation and without choosing: mean Q above 0.5 (uniform 0.34) on all four bumps."""
-    policy = train(modes4, 2)
+    policy = train(modes4, 2, alpha=10.0)
     actions = one_step_actions(policy, 2)[:, 0]
     assert modes4(None, actions)[0].mean() > 0.5 and min(shares(actions)) > 0.1
     assert modes4(None, one_step_actions(policy, 2, 32))[0].amax(1).mean() > 0.95
 
 
 def test_one_step_actor_climbs_a_quadratic():
-    """Six dimensions, uniform -2.70: the soft policy at alpha = 10 has about -0.3."""
-    assert quad(None, one_step_actions(train(quad, 6, steps=400), 6))[0].mean() > -0.8
+    """Six dimensions, uniform -2.70: the field of 16 proposals at alpha = 10 has about -0.7."""
+    assert quad(None, one_step_actions(train(quad, 6, steps=400, alpha=10.0), 6))[0].mean() > -0.8
 
 
 def test_one_step_actor_does_not_learn_scores_of_fixed_length():

@@ -113,13 +113,29 @@ def test_networks_at_initialisation():
     assert all((weight[0] != weight[1]).any() for weight in critic.weights)
 
 
-@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.6, 0.5), (-1.5, 0.4), (3.0, 2.0)])
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.6, 0.5), (-1.5, 0.4), (3.0, 2.0), (0.0, 152.0), (150.0, 152.0),
+                                       (1.5, 0.1), (-1.5, 0.1), (2.2, 0.1), (-2.2, 0.1)])  # 5 to 32 deviations outside
 def test_truncated_normal_has_the_distribution_between_both_ends(mean, std):
-    """Against the distribution function, by Kolmogorov and Smirnov."""
-    torch.manual_seed(0)
-    draws = m.truncated_normal(torch.tensor([[mean]]), torch.tensor([[std]]), 20_000).flatten().double().sort().values
-    low, high, found = (torch.special.ndtr(torch.as_tensor((x - mean) / std)) for x in (-1.0, 1.0, draws))
-    assert ((found - low) / (high - low) - (torch.arange(20_000) + 0.5) / 20_000).abs().max() < 0.015
+    """Of a grid of uniform numbers, against the distribution function in the tail that float64 resolves."""
+    grid, side = (torch.arange(20_000) + 0.5) / 20_000, -1 if mean < 0 else 1
+    draws = m.truncated_normal(torch.tensor([[mean]]), torch.tensor([[std]]), grid.view(-1, 1, 1)).flatten()
+    assert draws.dtype == torch.float32
+    low, high, found = (0.5 * torch.erfc((abs(mean) - x) / (std * 2**0.5))
+                        for x in (torch.tensor(-1.0).double(), torch.tensor(1.0).double(), side * draws.double()))
+    assert ((found - low) / (high - low) - grid.double()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("std", [1e-3, 0.01, 0.1, 1.0, 152.0])
+def test_truncated_normal_is_finite_in_the_box_and_nowhere_improbable(std):
+    """Also of the uniform number 0, and hundreds of deviations outside, where all of it lies at the wall."""
+    mean = torch.cat([torch.linspace(-300, 300, 61), torch.linspace(-1.2, 1.2, 13)]).unsqueeze(1)
+    uniform = torch.tensor([0.0, 2**-24, 0.3, 1 - 2**-24]).view(4, 1, 1).expand(4, 74, 1)
+    draws = m.truncated_normal(mean, torch.full((74, 1), std), uniform)
+    assert draws.isfinite().all() and draws.abs().max() <= 1 and draws.shape == uniform.shape
+    nearest = mean.clamp(-1, 1)
+    assert ((draws - nearest).abs() < 6 * std).all()  # of 2**-24 and above: 5.3 at most
+    if std < 1:
+        assert (draws == nearest)[:, mean.abs() > 15 * std + 1].all()
 
 
 # ---------------------------------------------------------------- the score, the velocity and the actor's loss
@@ -135,17 +151,18 @@ def test_posterior_score_by_hand(monkeypatch):
     seen = []
     monkeypatch.setattr(m, "truncated_normal", lambda *inputs: seen.append(inputs) or proposals)
     args, a_t, t = m.Args(alpha=0.7, q_normalization="none", num_proposals=3), torch.tensor([[0.3], [2.0]]), 0.4
-    s = m.score(table_q(q), torch.zeros(2, OBS), a_t, torch.full((2, 1), t), args)
+    draws = dict(proposals=torch.rand(3, 2, 1), pair=None)
+    s = m.score(table_q(q), torch.zeros(2, OBS), a_t, torch.full((2, 1), t), draws, args)
     for row, low in enumerate(([3.0, 0.0, 0.0], [0.0, 5.0, 1.0])):
         weights = [math.exp(0.7 * value) for value in low]
         mean = sum(w * a for w, a in zip(weights, proposals[:, row, 0].tolist())) / sum(weights)
         assert s[row].item() == pytest.approx((0.6 * mean - a_t[row].item()) / 0.16, rel=1e-5)
-        v = m.velocity(table_q(q), torch.zeros(2, OBS), a_t, torch.full((2, 1), t), args)[row].item()
+        v = m.velocity(table_q(q), torch.zeros(2, OBS), a_t, torch.full((2, 1), t), draws, args)[row].item()
         assert v == pytest.approx((a_t[row].item() - mean) / t, rel=1e-4)
-    mean, std, count = seen[0]
+    mean, std, uniform = seen[0]
     close(mean, a_t / 0.6)
     close(std, torch.full((2, 1), 0.4 / 0.6))
-    assert count == 3
+    assert uniform is draws["proposals"]
 
 
 def test_score_of_fixed_length_and_the_velocity_of_vp(monkeypatch):
@@ -154,7 +171,7 @@ def test_score_of_fixed_length_and_the_velocity_of_vp(monkeypatch):
     monkeypatch.setattr(m, "score", lambda *_: s)
     a_t, t = torch.tensor([[1.0, 2.0], [-1.0, 0.5]]), torch.full((2, 1), 0.25)
     for scale, used in ((10.0, [[6.0, 8.0], [0.0, -10.0]]), (None, s.tolist())):
-        v = m.velocity(None, None, a_t, t, m.Args(path="vp", score_scale=scale))
+        v = m.velocity(None, None, a_t, t, None, m.Args(path="vp", score_scale=scale))
         close(v, -0.5 * 5.075 * (a_t + torch.tensor(used)), 1e-4)
 
 
@@ -164,7 +181,7 @@ def test_actor_loss_by_hand(monkeypatch, power):
     u = torch.tensor([[0.01, 0.0], [2.0, -1.0], [0.0, 30.0]], requires_grad=True)
     monkeypatch.setattr(m, "mean_flow_output_and_target", lambda *_: (u, torch.zeros(3, 2)))
     data, args = dict(actions=torch.zeros(3, 2), observations=torch.zeros(3, 1)), m.Args(adaptive_power=power)
-    loss = m.actor_loss(None, None, data, (None, (torch.zeros(3, 1), None), None), args)
+    loss = m.actor_loss(None, None, data, None, args)
     d = [0.01**2 / 2, 5 / 2, 900 / 2]
     weights = [(x + 1e-3) ** -power for x in d]
     assert loss.item() == pytest.approx(sum(w * x for w, x in zip(weights, d)) / 3, rel=1e-5)
@@ -177,12 +194,12 @@ def test_policy_actions(monkeypatch, fraction):
     seen, rows = [], 4000
     monkeypatch.setattr(m, "mean_flow_output_and_target", lambda *inputs: seen.append(inputs) or (inputs[3],) * 2)
     agent, data = make_agent(policy_actions=fraction), batch(rows)
-    noise, own_noise, times = torch.randn(rows, ACT), torch.randn(rows, ACT), (torch.full((rows, 1), 0.5),) * 2
-    m.actor_loss(agent.policy, None, data, (noise, times, own_noise), agent.args)
+    draws = m.actor_draws(rows, ACT, agent.args, "cpu")
+    m.actor_loss(agent.policy, None, data, draws, agent.args)
     actions = seen[0][3]
-    own = m.one_step_action(agent.policy, data["observations"], own_noise)
+    own = m.one_step_action(agent.policy, data["observations"], draws["own_noise"])
     is_own, is_data = (actions == own).all(1), (actions == data["actions"]).all(1)
-    assert (is_own ^ is_data).all() and not actions.requires_grad and torch.equal(seen[0][4], noise)
+    assert (is_own ^ is_data).all() and not actions.requires_grad and seen[0][4] is draws
     assert is_own.float().mean().item() == pytest.approx(fraction, abs=0.035)  # 5 standard deviations
 
 
@@ -192,12 +209,14 @@ def test_the_velocity_is_asked_for_at_a_t_and_t(monkeypatch, path):
     seen, agent, data, args = [], make_agent(), batch(), m.Args(path=path)
     monkeypatch.setattr(m, "velocity", lambda *inputs: seen.append(inputs) or torch.ones_like(inputs[2]))
     noise, t, r = torch.randn(BATCH, ACT), torch.full((BATCH, 1), 0.7), torch.full((BATCH, 1), 0.2)
-    m.mean_flow_output_and_target(agent.policy, agent.critic, data["observations"], data["actions"], noise, t, r, args)
-    critic, observations, a_t, time, _ = seen[0]
+    draws = dict(noise=noise, times=(t, r))
+    m.mean_flow_output_and_target(agent.policy, agent.critic, data["observations"], data["actions"], draws, args)
+    critic, observations, a_t, time, given, _ = seen[0]
     mu = 0.3 if path == "linear" else math.exp(-0.5 * (0.1 * 0.7 + 19.9 * 0.49 / 2))
     sigma = 0.7 if path == "linear" else (1 - mu**2) ** 0.5
     close(a_t, mu * data["actions"] + sigma * noise, 1e-5)
     assert critic is agent.critic and torch.equal(observations, data["observations"]) and torch.equal(time, t)
+    assert given is draws
 
 
 # ---------------------------------------------------------------- best of N
@@ -245,9 +264,11 @@ def test_first_update():
     for old, new in zip(policy, agent.policy.parameters()):
         assert (new - old).abs().max().item() == pytest.approx(0.002, rel=0.01)
     assert actor_inputs[0][1] is agent.critic and critic_inputs[0][0] is agent.policy
-    noise, (t, r), own_noise = actor_inputs[0][3]
-    assert noise.shape == own_noise.shape == (BATCH, ACT) and (r == t).sum() == BATCH // 4
-    assert not torch.equal(noise, own_noise)
+    draws = actor_inputs[0][3]
+    t, r = draws["times"]
+    assert draws["noise"].shape == draws["own_noise"].shape == (BATCH, ACT) and (r == t).sum() == BATCH // 4
+    assert draws["proposals"].shape == (8, BATCH, ACT) and draws["pair"].shape == (2, BATCH, ACT)
+    assert not torch.equal(draws["noise"], draws["own_noise"])
 
 
 def test_gradients_of_an_earlier_step_are_forgotten():
@@ -286,9 +307,10 @@ def test_each_loss_moves_its_own_network():
                   agent.args).backward()
     assert all(p.grad is None for p in (*agent.policy.parameters(), *agent.target_critic.parameters()))
     agent.critic.zero_grad()
-    draws = torch.randn(BATCH, ACT), m.sample_times(BATCH, agent.args, "cpu"), torch.randn(BATCH, ACT)
     for score in ("posterior", "gradient"):
         agent.args.score = score
+        draws, before = m.actor_draws(BATCH, ACT, agent.args, "cpu"), torch.get_rng_state()
         m.actor_loss(agent.policy, agent.critic, data, draws, agent.args).backward()
+        assert torch.equal(torch.get_rng_state(), before)  # all that is random is in draws
     assert all(p.grad is None for p in agent.critic.parameters())
     assert all(p.grad.abs().max() > 0 for p in agent.policy.parameters())

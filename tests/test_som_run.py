@@ -67,12 +67,22 @@ def train(folder, *more, code=0):
     return run
 
 
+def replay_of(run):
+    """The columns (steps, ...) of replay.bin, all steps so far."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    obs_dim, act_dim = (state["agent"][name].shape[0] for name in ("obs_mean", "policy.final.bias"))
+    sizes = dict(observations=obs_dim, actions=act_dim, rewards=1, masks=1, next_observations=obs_dim)
+    rows = torch.tensor(np.fromfile(run / "replay.bin", np.float32)).view(state["step"], sum(sizes.values()))
+    return {key: column.squeeze(1) if key in ("rewards", "masks") else column
+            for key, column in zip(sizes, rows.split(list(sizes.values()), 1))}
+
+
 def outcome(run):
     """What a run computed, apart from what depends on the clock."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     numbers = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     numbers = [{key: value for key, value in row.items() if not key.endswith("PS")} for row in numbers]
-    return state["step"], {**state["agent"], **state["replay"]}, numbers
+    return state["step"], {**state["agent"], **replay_of(run)}, numbers
 
 
 def assert_equal(run, other):
@@ -125,7 +135,7 @@ def test_utd_and_learning_starts(tmp_path, monkeypatch, utd):
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     assert state["updates"] == utd * 300 == spread.total()
     assert list(spread) == list(range(93, 391, 3)) and set(spread.values()) <= {int(3 * utd), math.ceil(3 * utd)}
-    replay = state["replay"]
+    replay = replay_of(run)
     assert len(replay["rewards"]) == 390 and replay["masks"].eq(1).all()  # Pendulum never terminates
     first = replay["observations"][0::3]  # of the first environment: each row follows from the one before
     follows = (replay["next_observations"][0::3][:-1] == first[1:]).all(1)
@@ -138,7 +148,7 @@ def test_terminations_and_time_limits_in_the_replay(tmp_path):
     the true last observation, and the next row of that environment begins anew, while the others go on."""
     run = train(tmp_path / "runs", "--env-id", "Walk-v0")
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    replay = state["replay"]
+    replay = replay_of(run)
     before, after = replay["observations"], replay["next_observations"]
     (step, length), limit = after[:, :2].T, Walk.LIMIT
     assert torch.equal(replay["masks"] == 0, step == length)
@@ -183,7 +193,7 @@ def test_terminations_and_time_limits_in_the_replay(tmp_path):
 def test_actions_reach_the_environment_in_its_own_box(tmp_path):
     """The replay's -1 is the low end of the box, its 1 the high one."""
     run = train(tmp_path / "runs", "--env-id", "Walk-v0", "--exploration-noise", "2")
-    replay = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]
+    replay = replay_of(run)
     actions = replay["actions"].numpy()
     assert (actions.min(), actions.max()) == (-1, 1) and (abs(actions) < 0.9).any(0).all()
     arrived = replay["next_observations"][:, 3:].numpy()
@@ -225,7 +235,7 @@ def test_random_actions_until_learning_starts(tmp_path, monkeypatch):
     been filled, the newest among them."""
     batches, acted = recorded(monkeypatch)
     run = train(tmp_path, "--env-id", "Walk-v0", "--learning-starts", "300", "--utd", "1", "--batch-size", "64")
-    replay = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]
+    replay = replay_of(run)
     first = replay["actions"][:300].sort(0).values
     uniform = 2 * (torch.arange(300) + 0.5) / 300 - 1
     assert (first - uniform.unsqueeze(1)).abs().max() < 0.25  # Kolmogorov and Smirnov at 2e-4
@@ -243,18 +253,22 @@ def test_random_actions_until_learning_starts(tmp_path, monkeypatch):
 
 
 def test_a_full_buffer_holds_the_newest_transitions(tmp_path, monkeypatch):
-    """Also where it is no multiple of the environments: row = number of the transition modulo the size."""
-    replays = []
-    for size in ("1000", "100"):
-        batches, _ = recorded(monkeypatch)
-        run = train(tmp_path / size, "--learning-starts", "387", "--buffer-size", size, "--env-id", "Walk-v0")
-        replays.append(torch.load(run / "checkpoint.pt", weights_only=True)["replay"])
-    for key, value in replays[1].items():
-        assert len(value) == 100
-        numbers = torch.arange(290, 390)
-        assert torch.equal(value[numbers % 100], replays[0][key][numbers]), key
-    last = replays[1]["observations"]
-    assert (batches[-1]["observations"].unsqueeze(1) == last).all(2).any(1).all()
+    """Also where it is no multiple of the environments, and after resuming: a batch is rows of the newest 100, all of
+    which have been drawn after a while."""
+    batches, _ = recorded(monkeypatch)
+    flags = "--learning-starts 300 --buffer-size 100 --env-id Walk-v0 --batch-size 64 --utd 1".split()
+    run = train(tmp_path, *flags)
+    assert m.main(["--resume", str(run), "--total-timesteps", "450"]) == 0
+    replay, drawn = replay_of(run), set()
+    assert len(replay["rewards"]) == 450 and len(batches) == 150
+    for update, batch in enumerate(batches):
+        last = 300 + 3 * (update // 3 + 1)
+        same = (batch["observations"].unsqueeze(1) == replay["observations"][last - 100:last]).all(2)
+        assert same.any(1).all()
+        index = last - 100 + same.float().argmax(1)
+        assert all(torch.equal(value, replay[key][index]) for key, value in batch.items())
+        drawn.update(index.tolist())
+    assert drawn >= set(range(240, 440))  # the others were or are in the buffer for a few batches only
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
@@ -262,7 +276,7 @@ def test_exploration_noise(tmp_path, monkeypatch, noise):
     """Gaussian, of that deviation, new for each environment and step, and clipped to the box; the policy says 0.8."""
     recorded(monkeypatch, 0.8)
     run = train(tmp_path, "--exploration-noise", str(noise), "--total-timesteps", "690", "--utd", "0.05")
-    actions = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]["actions"][90:]
+    actions = replay_of(run)["actions"][90:]
     if noise == 0:
         assert (actions == torch.tensor(0.8)).all()
         return
@@ -278,7 +292,7 @@ def test_every_seed_has_its_own_episodes(tmp_path, monkeypatch):
     starts = []
     for seed in ("1", "2"):
         run = train(tmp_path / seed, "--env-id", "Walk-v0", "--seed", seed, "--utd", "0.01")
-        before = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]["observations"]
+        before = replay_of(run)["observations"]
         starts += before[before[:, 0] == 0][:, 2].tolist()
     assert len(set(starts)) == len(starts) > 100
 
@@ -300,7 +314,6 @@ def test_intervals_that_are_no_multiple_of_the_environments(tmp_path, monkeypatc
     (["--env-id", "CartPole-v1"], "actions must be vectors"),
     (["--env-id", "Nothing-v9"], "doesn't exist"),
     (["--num-envs", "0"], "--num-envs 0 must lie between 1"),
-    (["--num-proposals", "1"], "no spread"),
     (["--learning-starts", "390"], "--learning-starts must be below --total-timesteps 390"),
     (["--buffer-size", "2"], "--buffer-size must be at least --num-envs 3"),
 ])
@@ -352,3 +365,35 @@ def test_metrics_stay_json_when_the_policy_is_not_finite(tmp_path, monkeypatch):
     run = train(tmp_path, "--total-timesteps", "690", "--log-interval", "600", "--eval-interval", "500", code=3)
     for line in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("harm", ["a bit", "cut", "missing", "another run's"])
+def test_damaged_steps_are_refused(tmp_path, harm):
+    """Before anything is written; evaluating does not need them."""
+    run = train(tmp_path / "runs")
+    path = run / "replay.bin"
+    contents = bytearray(path.read_bytes())
+    contents[5000] ^= 64
+    path.unlink() if harm == "missing" else path.write_bytes(
+        {"a bit": contents, "cut": path.read_bytes()[:-4], "another run's": bytes(len(contents))}[harm])
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(m.BadInput, match="replay.bin, which belongs to the checkpoint: ") as caught:
+        m.main(["--resume", str(run), "--total-timesteps", "450"])
+    assert len(str(caught.value).splitlines()) == 1 and {path: path.read_bytes() for path in run.iterdir()} == before
+    assert m.main(["--evaluate", str(run)]) == 0
+
+
+def test_steps_after_the_last_checkpoint_are_written_again(tmp_path):
+    """A killed run has more steps in replay.bin than its checkpoint knows, perhaps half a step at the end; a run killed
+    before its first checkpoint starts anew."""
+    whole = train(tmp_path / "whole", "--total-timesteps", "450")
+    run = train(tmp_path / "runs")
+    with (run / "replay.bin").open("ab") as file:
+        file.write(b"12345" * 1000)
+    assert m.main(["--resume", str(run), "--total-timesteps", "450"]) == 0
+    assert (run / "replay.bin").read_bytes() == (whole / "replay.bin").read_bytes()
+    fresh = tmp_path / "fresh" / whole.name
+    fresh.mkdir(parents=True)
+    (fresh / "replay.bin").write_bytes(b"12345" * 1000)
+    assert train(tmp_path / "fresh", "--total-timesteps", "450") == fresh
+    assert (fresh / "replay.bin").read_bytes() == (whole / "replay.bin").read_bytes()
