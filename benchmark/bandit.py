@@ -14,8 +14,8 @@ import som_online  # noqa: E402
 CENTRES = torch.tensor([[0.6, 0.6], [-0.6, 0.6], [0.6, -0.6], [-0.6, -0.6]])
 SETTINGS = {  # name: gradient steps, peak learning rate, flags
     "score of length 25, alpha 1, vp": (2000, 1e-3, dict(path="vp", alpha=1.0, score_scale=25.0)),
-    "alpha 10, vp": (1000, 1e-3, dict(path="vp")),
-    "default: alpha 10, linear": (1000, 1e-3, dict()),
+    "alpha 10, vp": (1000, 1e-3, dict(path="vp", alpha=10.0)),
+    f"default: alpha {som_online.Args.alpha:g}, linear": (1000, 1e-3, dict()),
     "default, 3,000 steps": (3000, 1e-3, dict()),
     "default, 3,000 steps from 3e-4": (3000, 3e-4, dict()),
     "alpha 5": (1000, 1e-3, dict(alpha=5.0)),

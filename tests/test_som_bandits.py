@@ -137,9 +137,9 @@ def test_equal_times_reduce_to_the_velocity():
 @pytest.mark.parametrize("normalization", ["spread", "batch", "none"])
 def test_q_normalization(normalization):
     """Over what two actions of one state differ by, standardised over everything, or as it is; times alpha. The
-    smaller critic's pairs are 1 and 4, 2 and 3: variances 9 / 2 and 1 / 2, on average 2.5."""
+    smaller critic's pairs are 6 and 9, 2 and 3: variances 9 / 2 and 1 / 2, on average 2.5."""
     q = torch.randn(2, 50, 2) + torch.arange(2) * 10
-    pairs = torch.tensor([[[1.0, 7.0], [4.0, 3.0]], [[9.0, 2.0], [5.0, 4.0]]])  # (critic, action, state)
+    pairs = torch.tensor([[[6.0, 7.0], [9.0, 3.0]], [[8.0, 2.0], [11.0, 4.0]]])  # (critic, action, state)
     logits = m.proposal_logits(lambda o, a: q if len(a) == 50 else pairs, torch.zeros(2, 1), torch.zeros(50, 2, 2),
                                torch.zeros(2, 2, 2), m.Args(alpha=3.0, q_normalization=normalization))
     low = q.amin(0)
