@@ -78,9 +78,9 @@ def test_the_online_phase_leaves_the_data(tmp_path):
         file.update(dict(observations=observations, actions=actions, rewards=rewards, terminals=np.ones(count, bool),
                          timeouts=np.zeros(count, bool)))
     flags = (f"--env-id Reach-v0 --dataset-path {tmp_path}/data.hdf5 --runs-dir {tmp_path} --policy-width 32 "
-             "--policy-depth 1 --critic-width 64 --critic-depth 2 --actor-learning-rate 1e-3 --critic-learning-rate 1e-3 "
-             "--batch-size 128 --eval-episodes 100 --offline-steps 300 --eval-interval 100000 --balanced-sampling --num-candidates 1 "
-             "--gamma 0 --tau 0.1 --normalize-q-loss").split()
+             "--policy-depth 1 --critic-width 64 --critic-depth 2 --actor-learning-rate 1e-3 --batch-size 128 "
+             "--critic-learning-rate 1e-3 --eval-episodes 100 --offline-steps 300 --eval-interval 100000 "
+             "--balanced-sampling --num-candidates 1 --gamma 0 --tau 0.1 --normalize-q-loss").split()
     returns = {}
     for name, alpha in (("clone", "1000"), ("learn", "0.3")):
         for steps in ("0", "700"):
