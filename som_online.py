@@ -267,8 +267,8 @@ def truncated_normal(mean, std, uniform):
     """(K, B, A) draws of N(mean, std^2) within [-1, 1], by inversion, from uniform (K, B, A) in [0, 1)."""
     side, mean = torch.where(mean < 0, -1.0, 1.0), mean.abs()  # float32 resolves the lower tail only: mirror the other
     low, high = (-1 - mean) / std, (1 - mean) / std
-    p_low, p_high = torch.special.ndtr(low), torch.special.ndtr(high)
-    z = torch.special.ndtri(p_low + (p_high - p_low) * uniform)
+    p_low, p_high = (0.5 * torch.erfc(-z / math.sqrt(2)) for z in (low, high))  # special.ndtr is 0 below -5.4
+    z = torch.special.ndtri(p_low + (p_high - p_low) * uniform.clamp_min(2**-25))  # of 0 it is not finite
     z = torch.where(z.isfinite(), z, high)  # 13 deviations away all of it lies at the wall
     return side * (mean + std * z).clamp(-1, 1)
 
