@@ -37,11 +37,9 @@ import ofql_offline  # noqa: E402
 
 OBS_DIM, ACT_DIM = 11, 3  # Hopper
 PARTS = ("updates", "profile", "acting", "growth", "memory")
-GROUPS = {  # what torch's profiler calls the parts of an update; fused kernels are named after what they compute
-    "matrix products": r"aten::(addmm|mm|bmm|baddbmm)|mkl|.*packed_linear.*",
-    "optimiser": r"aten::_fused_adam.*|.*Optimizer.*|aten::_foreach_.*", "batch and noise": r"aten::(randint|remainder|index|"
-    r"randn|normal_|rand|uniform_|randperm|random_|bernoulli_|multinomial|gather|sort|empty.*|zero_|fill_|copy_)",
-    "fused kernels": r".*cpp_fused.*",
+GROUPS = {  # what torch's profiler calls the parts of an update; compiled kernels are named after what they compute
+    "matrix products": r"aten::(addmm|mm|bmm|baddbmm)", "compiled kernels": r".*cpp_fused.*", "copies": "aten::copy_",
+    "optimiser": r"aten::_fused_adam.*|.*Optimizer.*|aten::_foreach_.*|aten::lerp_|aten::linalg_vector_norm",
 }
 SIZES = {  # (script, name): flags beside the task's defaults
     ("mfql_offline", "paper's sizes (policy 256 x 3, critics 512 x 4, batch 256), N = 5 in the target"): dict(
@@ -138,24 +136,22 @@ def updating(args, script, options):
 
 
 def profile(args):
-    """Where a compiled update spends its time, by torch's profiler, in turn with the share of the peak in `updates`."""
+    """Where a compiled update spends its time, by torch's profiler."""
     torch._inductor.config.cpp.enable_kernel_profile = True
     torch._dynamo.reset()  # what is compiled already has no names of kernels in it
-    header("compiled update", "ms", *GROUPS, "the rest", "the dearest fused kernels")
+    header("compiled update", "ms", *GROUPS, "the rest", "the three dearest kernels")
     for (script, sizes), more in SIZES.items():
         *_, call = updating(args, script, flags(script, compile=True, cuda_graph=False, **more))
         with torch.profiler.profile() as profiler:
             for _ in range(5):
                 call()
         times = {event.key: event.self_cpu_time_total / 5000 for event in profiler.key_averages()}  # ms per update
-        parts, total = dict.fromkeys([*GROUPS, "rest"], 0), sum(times.values())
-        for key, time_of in times.items():
-            parts[next((name for name, keys in GROUPS.items() if re.fullmatch(keys, key)), "rest")] += time_of
-        kernels = sorted((key for key in times if re.fullmatch(GROUPS["fused kernels"], key)), key=times.get)
+        parts, total = dict.fromkeys([*GROUPS, "the rest"], 0), sum(times.values())
+        for key, milliseconds in times.items():
+            parts[next((name for name, keys in GROUPS.items() if re.fullmatch(keys, key)), "the rest")] += milliseconds
+        dearest = sorted((key for key in times if "cpp_fused" in key), key=times.get)[:-4:-1]
         row(f"{script}, {sizes}", f"{total:.0f}", *(f"{part / total:.0%}" for part in parts.values()),
-            "; ".join(f"{re.sub('.*cpp_fused_', '', key)[:60]} {times[key] / total:.0%}" for key in kernels[:-4:-1]))
-        if os.environ.get("ALL_KERNELS"):
-            print({k: round(v, 2) for k, v in sorted(times.items(), key=lambda i: -i[1])[:40]})
+            ", ".join(f"{key.partition('cpp_fused_')[2][:50]} {times[key] / total:.0%}" for key in dearest))
 
 
 def updating_plainly(args, options):
