@@ -141,8 +141,8 @@ class Args:
     alpha_schedule: Literal["adaptive", "constant", "cosine"] = "adaptive"
     """adaptive: Eq. (9), the paper's; constant: alpha throughout; cosine: alpha decays to a tenth over the run"""
     normalize_q_loss: bool = True
-    """divide the Q term of Eq. (7) by the root mean square of its gradient by the action, so that the same alpha means
-    the same for all rewards, tasks and stages of a run"""
+    """divide the Q term of Eq. (7) by the root mean square of its gradient by the action, times dim(a), so that
+    the same alpha means the same for all rewards, tasks and stages of a run"""
     q_aggregation: Literal["mean", "min"] = "mean"
     """how the two target critics become the one value of Eq. (6); Eq. (5) always chooses by their mean"""
     time_steps: int = 50
@@ -156,7 +156,7 @@ class Args:
 
 
 RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
-    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
+    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
                      "inverse_temperature", "noise_temperature"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
@@ -195,8 +195,8 @@ def task_defaults(env_id):
     """Defaults of `Args` for one task, as a dict; a name that nothing is known of gets those of the class."""
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
         return dict(LOCOMOTION, actor_learning_rate=3e-4, offline_steps=15_000, eval_episodes=20,
-                    eval_interval=3_000, policy_width=64, policy_depth=2, critic_width=256, critic_depth=2,
-                    compile=shutil.which("g++") is not None)
+                    eval_interval=3_000, checkpoint_interval=1_000, policy_width=64, policy_depth=2, critic_width=256,
+                    critic_depth=2, compile=shutil.which("g++") is not None)
     if re.match(r"([\w.-]+/)?(hopper|halfcheetah|walker2d|ant)[-/]", env_id.lower()):  # Hopper-v5 as well
         return dict(LOCOMOTION, alpha=2.0 if "halfcheetah" in env_id.lower() else 5.0)  # as relatives do
     for pattern, (alpha, num_candidates, time_steps, gamma) in TASKS.items():
@@ -365,7 +365,7 @@ def actor_loss(policy, critic, observations, noise, args):
         dq_da, q = grad_and_value(lambda a: critic(observations, a).mean(0).sum())(actions)
     q = q / len(actions)
     scale = dq_da.square().mean().sqrt().clamp(min=1e-6) * dq_da.shape[-1] if args.normalize_q_loss else 1.0
-    l_q = -q - (dq_da * (actions - actions.detach())).sum(-1).mean()  # the value and the gradient of -mean Q(s, a(e))
+    l_q = -q - (dq_da * (actions - actions.detach())).sum(-1).mean()  # -q; the bracket is 0, its gradient dq_da
     return l_q / scale, bound, q
 
 
@@ -789,7 +789,7 @@ def main(argv=None):
     replay["rewards"] = args.reward_scale * replay["rewards"] + args.reward_shift
     del data
 
-    with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):
+    with blame(f"run folder {run_dir}, perhaps in use (--runs-dir and --run-name give another)"):
         if args.track:
             import wandb  # fails before anything is written
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -805,10 +805,10 @@ def main(argv=None):
         log_file.seek(log_file.truncate(end))  # later rows will be written again
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-    compiling = ", after half a minute of compiling" if args.compile else ""
+    compiling = " after compiling for half a minute or, on a busy machine, minutes" if args.compile else ""
     print(f"{args.env_id}: {about_data['transitions']} transitions, {about_data['episodes']} episodes, mean return "
           f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; evaluates every {args.eval_interval} steps"
-          f"{compiling}; run folder {run_dir}")
+          f", learns from step {step} on{compiling}; run folder {run_dir}")
 
     def log(metrics):
         log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")

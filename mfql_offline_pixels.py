@@ -146,7 +146,7 @@ class Args:
 
 
 RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
-    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
+    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
                      "inverse_temperature", "noise_temperature"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
@@ -387,7 +387,7 @@ def actor_loss(policy, critic, observations, noise, args):
         dq_da, q = grad_and_value(lambda a: critic(observations, a).mean(0).sum())(actions)
     q = q / len(actions)
     scale = dq_da.square().mean().sqrt().clamp(min=1e-6) * dq_da.shape[-1] if args.normalize_q_loss else 1.0
-    l_q = -q - (dq_da * (actions - actions.detach())).sum(-1).mean()  # the value and the gradient of -mean Q(s, a(e))
+    l_q = -q - (dq_da * (actions - actions.detach())).sum(-1).mean()  # -q; the bracket is 0, its gradient dq_da
     return l_q / scale, bound, q
 
 
@@ -782,7 +782,7 @@ def main(argv=None):
             raise BadInput(f"{run_dir} was trained on other data than {args.dataset_path or args.env_id} holds")
     replay["rewards"] = args.reward_scale * replay["rewards"] + args.reward_shift
 
-    with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):
+    with blame(f"run folder {run_dir}, perhaps in use (--runs-dir and --run-name give another)"):
         if args.track:
             import wandb  # fails before anything is written
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -798,10 +798,10 @@ def main(argv=None):
         log_file.seek(log_file.truncate(end))  # later rows will be written again
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-    compiling = ", after half a minute of compiling" if args.compile else ""
+    compiling = " after compiling for half a minute or, on a busy machine, minutes" if args.compile else ""
     print(f"{args.env_id}: {about_data['transitions']} transitions, {about_data['episodes']} episodes, mean return "
           f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; evaluates every {args.eval_interval} steps"
-          f"{compiling}; frames take {frames.nbytes / 1e9:.3g} GB; run folder {run_dir}")
+          f", learns from step {step} on{compiling}; frames take {frames.nbytes / 1e9:.3g} GB; run folder {run_dir}")
 
     def log(metrics):
         log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")

@@ -171,7 +171,7 @@ class Args:
 
 
 RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
-    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
+    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
                      "inverse_temperature", "noise_temperature"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
@@ -214,7 +214,8 @@ def task_defaults(env_id):
     """Defaults of `Args` for one task, as a dict; a name that nothing is known of gets those of the class."""
     if env_id == BUNDLED:  # sizes that two CPU cores train in minutes
         return dict(LOCOMOTION, offline_steps=20_000, eval_episodes=20, eval_interval=4_000,
-                    policy_width=128, critic_width=128, compile=shutil.which("g++") is not None)
+                    checkpoint_interval=1_000, policy_width=128, critic_width=128,
+                    compile=shutil.which("g++") is not None)
     for pattern, (inverse_temperature, eta, more) in TASKS.items():
         if re.fullmatch(pattern, env_id):
             return dict(more, inverse_temperature=inverse_temperature, eta=eta)
@@ -774,7 +775,7 @@ def main(argv=None):
     replay["rewards"] = reward_scale * replay["rewards"] + reward_shift
     del data
 
-    with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):
+    with blame(f"run folder {run_dir}, perhaps in use (--runs-dir and --run-name give another)"):
         if args.track:
             import wandb  # fails before anything is written
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -790,10 +791,10 @@ def main(argv=None):
         log_file.seek(log_file.truncate(end))  # later rows will be written again
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-    compiling = ", after half a minute of compiling" if args.compile else ""
+    compiling = " after compiling for half a minute or, on a busy machine, minutes" if args.compile else ""
     print(f"{args.env_id}: {about_data['transitions']} transitions, {about_data['episodes']} episodes, mean return "
           f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; evaluates every {args.eval_interval} steps"
-          f"{compiling}; run folder {run_dir}")
+          f", learns from step {step} on{compiling}; run folder {run_dir}")
 
     def log(metrics):
         log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")

@@ -14,7 +14,8 @@ makes a Minari data set of what a run collected. The equations, as this file num
 
   (1) a_t = mu_t a_0 + sigma_t e,  mu_t = 1 - t,  sigma_t = t        path; with --path vp instead (its table 3)
       mu_t = exp(-B_t / 2),  sigma_t^2 = 1 - mu_t^2,  B_t = b0 t + (b1 - b0) t^2 / 2,  b0 = 0.1,  b1 = 20
-  (2) a_0^i ~ N(a_t / mu_t, (sigma_t / mu_t)^2) within [-1, 1],  w_i = softmax_i(alpha Qbar(s, a_0^i)),  i = 1..K
+  (2) a_0^i ~ N(a_t / mu_t, (sigma_t / mu_t)^2) within [-1, 1],  w_i = softmax_i(alpha Qbar(s, a_0^i)),  i = 1..K,
+      Qbar = min_k Q_k / (its standard deviation between uniform actions of one state; root mean square over the batch)
   (3) S = (mu_t sum_i w_i a_0^i - a_t) / sigma_t^2                   score of p_t, as a posterior mean
   (4) v = (a_t - sum_i w_i a_0^i) / t = -(a_t + t S) / (1 - t)       velocity; with --path vp instead (its Eq. 8, there
       v = -(b_t / 2) (a_t + S),  b_t = b0 + (b1 - b0) t              with w S / |S| for S, which is --score-scale w)
@@ -155,14 +156,12 @@ class Args:
     """fraction of the batch with r = t"""
     adaptive_power: float = 0.0
     """p of Eq. (6); 0 is the plain squared error, 1 weighs every row alike"""
-    policy_actions: float = 0.0
-    """fraction of the batch whose a_0 in Eq. (1) is the policy's own action instead of the replayed one"""
     learning_rate: float = 3e-4
     """step size of Adam, for the policy and the critic"""
 
 
 RANGES = {  # least and largest value, for all scripts; other whole numbers 1 to a billion, other numbers 1e-12 to 1e9
-    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "policy_actions", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
+    **dict.fromkeys(("gamma", "ema_rate", "flow_ratio", "adaptive_power"), (0, 1)), "tau": (1e-9, 1),
     **dict.fromkeys(("ema_start", "online_steps", "learning_starts"), (0, 10**9)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("alpha", "online_alpha", "eta", "bound_weight", "exploration_noise", "weight_decay",
                      "inverse_temperature", "noise_temperature"), (0, 1e9)), "reward_shift": (-1e9, 1e9),
@@ -177,7 +176,7 @@ def task_defaults(env_id):
     if env_id == Args.env_id:  # sizes that two CPU cores train in minutes
         return dict(total_timesteps=100_000, learning_starts=5_000, eval_interval=10_000, eval_episodes=20,
                     batch_size=128, num_proposals=16, policy_width=128, policy_depth=2, critic_width=128,
-                    critic_depth=2, compile=shutil.which("g++") is not None)
+                    critic_depth=2, compile=shutil.which("g++") is not None, checkpoint_interval=1_000)
     return {}
 
 
@@ -258,8 +257,6 @@ def actor_draws(batch_size, act_dim, args, device):
         times=sample_times(batch_size, args, device),
         proposals=draw_proposals(args.num_proposals, batch_size, act_dim, device=device),  # for a_0^i of Eq. (2)
         pair=2 * torch.rand(2, batch_size, act_dim, device=device) - 1,  # two actions per state, for Qbar
-        own=torch.rand(batch_size, 1, device=device) < args.policy_actions,  # rows whose a_0 is the policy's ...
-        own_noise=torch.randn(batch_size, act_dim, device=device),  # ... made from this
     )
 
 
@@ -353,12 +350,7 @@ def mean_flow_output_and_target(policy, critic, observations, actions, draws, ar
 
 def actor_loss(policy, critic, batch, draws, args):
     """L_actor, Eq. (6): a scalar. draws: of `actor_draws`."""
-    actions = batch["actions"]
-    if args.policy_actions > 0:
-        with torch.no_grad():
-            own = one_step_action(policy, batch["observations"], draws["own_noise"])
-            actions = torch.where(draws["own"], own, actions)  # a bool tensor: its count may not shape a tensor
-    u, u_tgt = mean_flow_output_and_target(policy, critic, batch["observations"], actions, draws, args)
+    u, u_tgt = mean_flow_output_and_target(policy, critic, batch["observations"], batch["actions"], draws, args)
     d = (u - u_tgt).square().mean(-1)  # (B,)
     return ((d.detach() + 1e-3) ** -args.adaptive_power * d).mean()  # Eq. (6): L_actor = mean sg[(d + c)^-p] d
 
@@ -628,7 +620,7 @@ def main(argv=None):
             buffer[torch.arange(step - len(rows), step, device=device) % capacity] = torch.tensor(rows, device=device)
             del contents, rows
 
-    with blame(f"run folder {run_dir} (--runs-dir and --run-name give another)"):
+    with blame(f"run folder {run_dir}, perhaps in use (--runs-dir and --run-name give another)"):
         if args.track:
             import wandb  # fails before anything is written
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -646,9 +638,9 @@ def main(argv=None):
         replay_file.seek(replay_file.truncate(replay_bytes))
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-    compiling = ", after half a minute of compiling" if args.compile else ""
-    print(f"{args.env_id}: {args.num_envs} environments; evaluates every {args.eval_interval} steps{compiling}; run "
-          f"folder {run_dir}")
+    compiling = " after compiling for half a minute or, on a busy machine, minutes" if args.compile else ""
+    print(f"{args.env_id}: {args.num_envs} environments; evaluates every {args.eval_interval} steps, learns from step "
+          f"{max(step, args.learning_starts)} on{compiling}; run folder {run_dir}")
 
     def log(metrics):
         log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")

@@ -46,7 +46,7 @@ NUMBERS = ["0", "-1", "-5", "0.5", "1.5", "3", "50", "100000", "1e9", "100000000
            "1e-320", "99999999999999999999999", "inf", "-inf", "nan", "x", "²", "1_0"]
 TEXTS = ["", " ", "x", "/dev/null", "/proc/x/y", "~", "..", "a\tb", "x" * 300, "\udcff", "-", "é🦊", "os:system",
          "no/such/thing-v0", "hopper-medium-v9"]
-FRACTIONS = "gamma", "tau", "ema_rate", "flow_ratio", "policy_actions"  # must lie in 0..1
+FRACTIONS = "gamma", "tau", "ema_rate", "flow_ratio"  # must lie in 0..1
 LEFT_OUT = "offline_steps", "online_steps", "total_timesteps", "utd", "cuda", "compile", "track", "capture_video"
 # what may stand beside the one line: a library's notice, progress bars, and tyro's box around its own complaint
 NOTES = r"^AdroitHand|\d+%\||^[│╭╰]|^\s*\d*step \["

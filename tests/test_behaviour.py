@@ -390,7 +390,7 @@ def test_same_seed_same_numbers(m, data, baseline, tmp_path, monkeypatch, capsys
     assert_same_run(train(m, data, tmp_path, "--cuda"), baseline)
     said = capsys.readouterr()
     assert "no CUDA device: running on the CPU, threads: 1 (OMP_NUM_THREADS)" in said.err.splitlines()
-    assert re.search(r"; evaluates every \d+ steps; run folder ", said.out.splitlines()[0])
+    assert re.search(r"; evaluates every \d+ steps, learns from step \d+ on; run folder ", said.out.splitlines()[0])
 
 
 def test_one_thread_unless_told_otherwise(m, data, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ DEFAULTS = {
         total_timesteps=1_000_000, learning_rate=3e-4, num_candidates=32, num_candidates_eval=None,  # RELAX
         num_proposals=100, flow_ratio=0.25,  # third-party implementation
         learning_starts=10_000, tau=0.02, alpha=10.0, path="linear", score="posterior", score_scale=None,  # ours
-        q_normalization="spread", adaptive_power=0.0, policy_actions=0.0, num_candidates_target=1,  # ours
+        q_normalization="spread", adaptive_power=0.0, num_candidates_target=1,  # ours
         exploration_noise=0.0),  # NC-LQL: none
 }
 BUNDLED, ONLINE = "meanflow/hopper/medium-replay-v0", "InvertedDoublePendulum-v4"
@@ -127,8 +127,8 @@ def test_mfql_on_locomotion(script, env_id):
 
 def test_mfql_on_the_bundled_data():
     """Ours."""
-    small = dict(MFQL_LOCOMOTION, actor_learning_rate=3e-4, eval_episodes=20, policy_width=64,
-                 policy_depth=2, critic_width=256, critic_depth=2)
+    small = dict(MFQL_LOCOMOTION, actor_learning_rate=3e-4, eval_episodes=20, checkpoint_interval=1_000,
+                 policy_width=64, policy_depth=2, critic_width=256, critic_depth=2)
     small |= dict(compile=True) if shutil.which("g++") else {}
     assert changed("mfql_offline", BUNDLED) == dict(small, offline_steps=15_000, eval_interval=3_000)
     assert changed("mfql_offline_to_online", BUNDLED) == dict(small, offline_steps=10_000, eval_interval=5_000,
@@ -176,6 +176,7 @@ OFQL_TASKS = {
        for name in ("hopper-random-v2", "walker2d-expert-v2", "Walker2d-v4", "mujoco/ant/expert-v0")},
     **dict.fromkeys(("halfcheetah-random-v2", "HalfCheetah-v5", "mujoco/halfcheetah/medium-v0"), CHEETAH),
     BUNDLED: dict(OFQL_LOCOMOTION, offline_steps=20_000, eval_episodes=20, eval_interval=4_000, policy_width=128,
+                  checkpoint_interval=1_000,
                   critic_width=128, **(dict(compile=True) if shutil.which("g++") else {})),
 }
 
@@ -191,7 +192,7 @@ def test_som_on_its_default_task():
     assert changed("som_online", ONLINE) == dict(
         total_timesteps=100_000, learning_starts=5_000, eval_interval=10_000, eval_episodes=20, batch_size=128,
         num_proposals=16, policy_width=128, policy_depth=2, critic_width=128, critic_depth=2,
-        **(dict(compile=True) if shutil.which("g++") else {}))
+        checkpoint_interval=1_000, **(dict(compile=True) if shutil.which("g++") else {}))
 
 
 @pytest.mark.parametrize("script", DEFAULTS)

@@ -194,7 +194,7 @@ CHANGED = {  # flag: another value
     "som_online": dict(
         OTHER_SIZES, gamma=0.9, tau=0.5, reward_scale=1.0, num_candidates_target=3, alpha=3.0, num_proposals=50,
         score="gradient", score_scale=1.0, path="vp", q_normalization="none", flow_ratio=0.5, adaptive_power=0.5,
-        policy_actions=0.5, learning_rate=1e-3),
+        learning_rate=1e-3),
 }
 OF_MAIN = {  # and where they are tested
     "offline_steps", "batch_size", "reward_scale", "reward_shift", "reward_normalization",  # here

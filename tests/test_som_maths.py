@@ -188,21 +188,6 @@ def test_actor_loss_by_hand(monkeypatch, power):
     close(torch.autograd.grad(loss, u)[0], u.detach() * torch.tensor(weights).unsqueeze(1) / 3, 1e-5)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
-def test_policy_actions(monkeypatch, fraction):
-    """That share of the rows begins at the policy's own action for noise of its own, without a gradient."""
-    seen, rows = [], 4000
-    monkeypatch.setattr(m, "mean_flow_output_and_target", lambda *inputs: seen.append(inputs) or (inputs[3],) * 2)
-    agent, data = make_agent(policy_actions=fraction), batch(rows)
-    draws = m.actor_draws(rows, ACT, agent.args, "cpu")
-    m.actor_loss(agent.policy, None, data, draws, agent.args)
-    actions = seen[0][3]
-    own = m.one_step_action(agent.policy, data["observations"], draws["own_noise"])
-    is_own, is_data = (actions == own).all(1), (actions == data["actions"]).all(1)
-    assert (is_own ^ is_data).all() and not actions.requires_grad and seen[0][4] is draws
-    assert is_own.float().mean().item() == pytest.approx(fraction, abs=0.035)  # 5 standard deviations
-
-
 @pytest.mark.parametrize("path", ["linear", "vp"])
 def test_the_velocity_is_asked_for_at_a_t_and_t(monkeypatch, path):
     """Eq. (1), and t rather than r."""
@@ -266,9 +251,8 @@ def test_first_update():
     assert actor_inputs[0][1] is agent.critic and critic_inputs[0][0] is agent.policy
     draws = actor_inputs[0][3]
     t, r = draws["times"]
-    assert draws["noise"].shape == draws["own_noise"].shape == (BATCH, ACT) and (r == t).sum() == BATCH // 4
+    assert draws["noise"].shape == (BATCH, ACT) and (r == t).sum() == BATCH // 4
     assert draws["proposals"].shape == (8, BATCH, ACT) and draws["pair"].shape == (2, BATCH, ACT)
-    assert not torch.equal(draws["noise"], draws["own_noise"])
 
 
 def test_gradients_of_an_earlier_step_are_forgotten():

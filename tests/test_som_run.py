@@ -256,8 +256,8 @@ def test_a_full_buffer_holds_the_newest_transitions(tmp_path, monkeypatch):
     """Also where it is no multiple of the environments, and after resuming: a batch is rows of the newest 100, all of
     which have been drawn after a while."""
     batches, _ = recorded(monkeypatch)
-    flags = "--learning-starts 300 --buffer-size 100 --env-id Walk-v0 --batch-size 64 --utd 1".split()
-    run = train(tmp_path, *flags)
+    run = train(tmp_path, "--learning-starts", "300", "--buffer-size", "100", "--env-id", "Walk-v0", "--utd", "1",
+                "--batch-size", "64")
     assert m.main(["--resume", str(run), "--total-timesteps", "450"]) == 0
     replay, drawn = replay_of(run), set()
     assert len(replay["rewards"]) == 450 and len(batches) == 150
@@ -384,8 +384,8 @@ def test_damaged_steps_are_refused(tmp_path, harm):
 
 
 def test_steps_after_the_last_checkpoint_are_written_again(tmp_path):
-    """A killed run has more steps in replay.bin than its checkpoint knows, perhaps half a step at the end; a run killed
-    before its first checkpoint starts anew."""
+    """A killed run has more steps in replay.bin than its checkpoint knows, perhaps half a step at the end; a run that
+    was killed before its first checkpoint starts anew."""
     whole = train(tmp_path / "whole", "--total-timesteps", "450")
     run = train(tmp_path / "runs")
     with (run / "replay.bin").open("ab") as file:
