@@ -1,6 +1,7 @@
 """README.md and docs/: links, paths, flags, commands and figures are those of the files, and the snippets run.
 
-docs/results.md has commands of old commits, and its figures are tested in test_report.py: here only its links are.
+docs/results.md and docs/early_results.md have commands of old commits, and their figures are tested in test_report.py:
+here only their links are.
 """
 import ast
 import csv
@@ -22,7 +23,7 @@ import tyro
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
-OURS = {name: PAGES[name] for name in PAGES if name != "docs/results.md"}
+OURS = {name: PAGES[name] for name in PAGES if not name.endswith("results.md")}
 FOLDERS = [ROOT / folder for folder in (".", "data", "benchmark", "benchmark/baselines", "tests")]
 SMALL = ("--env-id Hopper-v5 --dataset-path mine.hdf5 --no-cuda --offline-steps 2 --eval-episodes 1 --batch-size 8 "
          "--policy-width 8 --policy-depth 1 --critic-width 8 --critic-depth 1 --run-name")

@@ -1,4 +1,4 @@
-"""benchmark/report.py on run folders made by hand, and docs/results.md against the CSVs in benchmark/results."""
+"""benchmark/report.py on run folders made by hand, and the pages of results against the CSVs in benchmark/results."""
 import json
 import math
 import pathlib
@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
 
-RESULTS, PAGE = ROOT / "benchmark" / "results", (ROOT / "docs" / "results.md").read_text()
+RESULTS = ROOT / "benchmark" / "results"
+PAGES = "\n".join((ROOT / "docs" / name).read_text() for name in ("results.md", "early_results.md"))
 SUITE = """
 seeds = [1, 2, 3]
 [[methods]]
@@ -173,12 +174,12 @@ def test_interval_is_the_known_one():
     assert report.interval(strata, report.iqm) == pytest.approx(tuple(theirs), abs=0.05)
 
 
-# ---------------------------------------------------------------- docs/results.md
-BLOCKS = re.findall(r"<!-- table (\S+) -->\n(.*?)<!-- end -->", PAGE, re.DOTALL)
+# ---------------------------------------------------------------- docs/results.md, docs/early_results.md
+BLOCKS = re.findall(r"<!-- table (\S+) -->\n(.*?)<!-- end -->", PAGES, re.DOTALL)
 
 
-def test_pictures_of_the_page_are_there():
-    pictures = re.findall(r"\]\((.*?\.png)\)", PAGE)
+def test_pictures_of_the_pages_are_there():
+    pictures = re.findall(r"\]\((.*?\.png)\)", PAGES)
     assert len(pictures) >= len(BLOCKS) >= 9 and all((ROOT / "docs" / picture).exists() for picture in pictures)
 
 
@@ -195,7 +196,7 @@ def test_bold_figures_are_in_the_csvs():
                 for key, value in row.items() if key not in (*report.TEXT, "seed", "step", "n", "final")]
 
     count = 0
-    for section in PAGE.split("\n## ")[1:]:
+    for section in PAGES.split("\n## ")[1:]:
         for line in section.splitlines():
             names = re.findall(r"`(early_\w+)`", line) or re.findall(r"<!-- table (\S+) -->", section)
             for figure in re.findall(r"\*\*(-?[\d.,]+)\*\*", line):
