@@ -85,7 +85,7 @@ def test_tables_of_a_suite(suite):
     done = run_report(suite)
     assert done.returncode == 0, done.stderr
     text = (suite / "out/tiny.md").read_text()
-    assert done.stdout.strip() == text.strip()
+    assert done.stdout == f"{text}\nCSVs and pictures: {suite / 'out'}\n"
     for line in (
         "| hopper medium (score) |  |  |  |  |  |  |",
         "|  | A | 5 | 70.0 ± 20.0 | 40.0 ± 20.0 | 3 of 3 | 98.1 |",  # the last evaluations, not the best ones (99.0)
@@ -116,7 +116,8 @@ def test_pages_pictures_and_bad_input_take_a_line(suite):
     page.write_text("before\n<!-- table tiny -->\nold\n<!-- end -->\nafter\n")
     done = run_report(suite, "--docs", page, env={"PYTHONPATH": str(suite), "PATH": ""})
     assert (done.returncode, done.stderr) == (0, "no pictures: pip install matplotlib\n")
-    assert page.read_text() == f"before\n<!-- table tiny -->\n{done.stdout.rstrip()}\n<!-- end -->\nafter\n"
+    text = done.stdout.partition("\nCSVs and pictures: ")[0]
+    assert page.read_text() == f"before\n<!-- table tiny -->\n{text}<!-- end -->\nafter\n"
     assert not (suite / "out/tiny.md").exists()
     with (suite / "tiny/A__walker__1/metrics.jsonl").open("a") as file:
         file.write('{"step": 2')
