@@ -1,7 +1,8 @@
 """Makes the tables and pictures of a suite of runs: tidy CSVs first, everything else from them.
 
-    python benchmark/report.py SUITE                # from run folders: <suite>.csv, <suite>_data.csv, .md and pictures
-    python benchmark/report.py SUITE --no-runs --docs docs/results.md     # from the CSVs alone, the table into a page
+    python benchmark/report.py SUITE       # from run folders, into runs/SUITE: SUITE.csv, SUITE_data.csv, .md, pictures
+    python benchmark/report.py SUITE --out benchmark/results --docs docs/results.md       # as the repository's own are
+    python benchmark/report.py SUITE --no-runs --docs docs/results.md                     # the page from the CSVs alone
 
 A figure is the mean over seeds of the *last* evaluation of finished runs, never of the best one. Over tasks: the
 interquartile mean of all runs with a 95 % bootstrap interval stratified by task (Agarwal et al., 2021). A task's unit
@@ -38,8 +39,8 @@ class Args:
     """suite of benchmark/suites, or a path of a TOML file; with --no-runs also the name of a CSV alone"""
     runs_dir: pathlib.Path = pathlib.Path("runs")
     """the folder that suite.py was given"""
-    out: pathlib.Path = HERE / "results"
-    """folder of CSVs, table and pictures"""
+    out: pathlib.Path | None = None
+    """folder of CSVs, table and pictures; default: the suite's run folders, with --no-runs benchmark/results"""
     runs: bool = True
     """--no-runs: table and pictures from the CSVs in --out, which stay as they are"""
     docs: pathlib.Path | None = None
@@ -329,6 +330,7 @@ def collect(suite, runs_dir, out):
 
 def main():
     args = tyro.cli(Args, description=__doc__.split("\n")[0])
+    args.out = args.out or (args.runs_dir / pathlib.Path(args.suite).stem if args.runs else HERE / "results")
     if args.runs:
         collect(args.suite, args.runs_dir, args.out)
     rows, data, plan, planned = load(args.suite, args.out, args.runs_dir)
@@ -343,6 +345,7 @@ def main():
         (args.out / f"{name}.md").write_text(text)
     print(text)
     pictures(rows, data, args.out, name)
+    print(f"CSVs and pictures: {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

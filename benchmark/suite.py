@@ -357,7 +357,7 @@ def dry_run(contents, runs, args):
         print(f"# {i}: {run.folder.name}, {state}\npython {shlex.join(command(run))}")
     lines = missing(runs) + ([] if gpus() else ["no NVIDIA GPU: the runs use the CPU"])
     print("\n# missing here\n" + "\n".join(lines or ["nothing"]))
-    total = 0.0
+    total, unknown = 0.0, 0
     print("\n# cost, evaluations not counted")
     for method in contents["methods"]:
         own = [run for run in runs if run.label == method["label"]]
@@ -368,13 +368,15 @@ def dry_run(contents, runs, args):
         if rate is None:
             rate, basis = RATES.get(method["script"]), "one CPU core, default sizes"
         if rate is None or not all(map(length, own)):
-            print(f"{method['label']}: {len(own)} runs, unknown: no rate or no length")
+            print(f"{method['label']}: {len(own)} runs, unknown: no rate or no length among the flags")
+            unknown += len(own)
             continue
         total += steps / rate / 3600
         print(f"{method['label']}: {len(own)} runs, {steps:,.0f} steps left, at {rate:.1f} per second ({basis}) "
               f"{steps / rate / 3600:,.1f} hours")
     jobs = default_jobs(args)
-    print(f"together {total:,.1f} hours of one run at a time, {total / jobs:,.1f} hours with {jobs} at a time")
+    print(f"together {total:,.1f} hours of one run at a time, {total / jobs:,.1f} hours with {jobs} at a time"
+          + (f", and {unknown} runs whose cost is unknown" if unknown else ""))
 
 
 # ---------------------------------------------------------------- main
