@@ -1,8 +1,8 @@
 """Makes the tables and pictures of a suite of runs: tidy CSVs first, everything else from them.
 
-    python benchmark/report.py SUITE       # from run folders, into runs/SUITE: SUITE.csv, SUITE_data.csv, .md, pictures
+    python benchmark/report.py SUITE      # from run folders, into runs/SUITE: SUITE.csv, SUITE_data.csv, .md, pictures
     python benchmark/report.py SUITE --out benchmark/results --docs docs/results.md       # as the repository's own are
-    python benchmark/report.py SUITE --no-runs --docs docs/results.md                     # the page from the CSVs alone
+    python benchmark/report.py SUITE --no-runs --docs docs/results.md                    # the page from the CSVs alone
 
 A figure is the mean over seeds of the *last* evaluation of finished runs, never of the best one. Over tasks: the
 interquartile mean of all runs with a 95 % bootstrap interval stratified by task (Agarwal et al., 2021). A task's unit
@@ -345,7 +345,7 @@ def main():
         (args.out / f"{name}.md").write_text(text)
     print(text)
     pictures(rows, data, args.out, name)
-    print(f"CSVs and pictures: {args.out}", file=sys.stderr)
+    print(f"CSVs and pictures: {args.out}")
 
 
 if __name__ == "__main__":
