@@ -101,6 +101,8 @@ def make_env(name):
     gym.logger.min_level = gym.logger.ERROR  # -v4 is out of date on purpose
     ogbench_task = getattr(gym.registry.get(name), "entry_point", None) == "data.d4rl_tasks:OGBenchTask"
     if d4rl_source(name) is None and not ogbench_task:
+        if name in gym.registry:
+            raise BadInput(f"{name} is an environment, not a data set: the scripts take it with --dataset-path FILE")
         raise BadInput(
             f"{name} is not supported; of D4RL, locomotion -v2 (hopper, halfcheetah, walker2d, ant), AntMaze -v2 "
             "(umaze, umaze-diverse, medium-play, medium-diverse, large-play, large-diverse), kitchen -v0 (complete, "
