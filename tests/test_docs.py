@@ -80,7 +80,7 @@ def test_files_that_are_named_exist(page):
 
 
 def known_flags():
-    flags = {"--help"}
+    flags = {"--help", "--index-url"}  # the latter is pip's
     for path in (path for folder in FOLDERS[:4] for path in folder.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef) and node.name == "Args":

@@ -3,6 +3,7 @@
 Level (a) of the fact sheet: integrating the target velocity field itself, without any network.
 """
 import math
+import pathlib
 
 import pytest
 import torch
@@ -222,3 +223,10 @@ def test_one_step_actor_does_not_learn_scores_of_fixed_length():
     """Why w = 25 is not the default, though integrating its field is right."""
     actions = one_step_actions(train(modes4, 2, steps=500, path="vp", alpha=1.0, score_scale=25.0), 2)
     assert modes4(None, actions)[0].mean() < 0.34
+
+
+def test_the_tables_of_the_page_are_the_printed_ones():
+    """`python benchmark/bandit.py > benchmark/results/bandit.md`"""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    printed = (root / "benchmark/results/bandit.md").read_text().strip().split("\n\n")
+    assert len(printed) == 2 and all(table in (root / "docs/algorithms.md").read_text() for table in printed)
