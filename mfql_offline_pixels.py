@@ -798,10 +798,11 @@ def main(argv=None):
         log_file.seek(log_file.truncate(end))  # later rows will be written again
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-    compiling = " after compiling for half a minute or, on a busy machine, minutes" if args.compile else ""
     print(f"{args.env_id}: {about_data['transitions']} transitions, {about_data['episodes']} episodes, mean return "
           f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; evaluates every {args.eval_interval} steps"
-          f", learns from step {step} on{compiling}; frames take {frames.nbytes / 1e9:.3g} GB; run folder {run_dir}")
+          f", learns from step {step} on; frames take {frames.nbytes / 1e9:.3g} GB; run folder {run_dir}")
+    if args.compile:
+        print("compiles before the first gradient step: half a minute or, on a busy machine, minutes")
 
     def log(metrics):
         log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")

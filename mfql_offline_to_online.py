@@ -28,7 +28,8 @@ Deviations from the authors' code, each for a reason:
   authors' code and its relatives divide Q by mean |Q|, which grows 15-fold in a run while the gradient does not.)
 - A consistency term of weight zero, early stopping and pretraining are left out.
 Deviations of the code (followed here) from the paper: critic learning rate 3e-4 (paper 1e-4), Xavier-uniform critic
-initialisation (paper Kaiming), power 0.2 weights and clipping of g_tgt to +-5 in the cloning loss.
+initialisation (paper Kaiming), power 0.2 weights and clipping of g_tgt to +-5 in the cloning loss, gradient norms of
+at most 1.
 The paper has no D4RL locomotion results; defaults for those tasks are ours (`LOCOMOTION`).
 
 Online (authors' code): after W gradient steps on the data the policy acts by Eq. (5), without further noise; each
@@ -206,9 +207,9 @@ TASKS = {
     r"antsoccer-arena-.*singletask.*": (10, 10, 50, 0.995),
 }
 BUNDLED = "meanflow/hopper/medium-replay-v0"
-# Ours, found with small networks on Hopper and HalfCheetah (docs/results.md). A smaller reward and a larger tau let
-# the critic converge sooner, min and N = 1 in the target keep it from overestimating, and the horizon is longer since
-# returns count 1000 steps: with gamma 0.99 a leap and a fall after 200 steps is worth as much as walking on.
+# Ours, found with small networks on Hopper and HalfCheetah (docs/early_results.md). A smaller reward and a larger tau
+# let the critic converge sooner, min and N = 1 in the target keep it from overestimating, and the horizon is longer
+# since returns count 1000 steps: with gamma 0.99 a leap and a fall after 200 steps is worth as much as walking on.
 LOCOMOTION = dict(alpha=5.0, alpha_schedule="constant", gamma=0.995, tau=0.02, reward_scale=0.1, q_aggregation="min",
                   num_candidates_target=1)
 
@@ -953,10 +954,11 @@ def main(argv=None):
         log_file.seek(log_file.truncate(end))  # later rows will be written again
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-    compiling = " after compiling for half a minute or, on a busy machine, minutes" if args.compile else ""
     print(f"{args.env_id}: {about_data['transitions']} transitions, {about_data['episodes']} episodes, mean return "
           f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; evaluates every {args.eval_interval} steps"
-          f", learns from step {step} on{compiling}; run folder {run_dir}")
+          f", learns from step {step} on; run folder {run_dir}")
+    if args.compile:
+        print("compiles before the first gradient step: half a minute or, on a busy machine, minutes")
 
     def log(metrics):
         log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")

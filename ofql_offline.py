@@ -205,7 +205,7 @@ TASKS = {
 }
 BUNDLED = "meanflow/hopper/medium-replay-v0"
 # Other locomotion data: target network, schedule and noise temperature are the author's code base's, the rest ours
-# (docs/results.md).
+# (docs/early_results.md).
 LOCOMOTION = dict(gamma=0.995, tau=0.995, target_interval=5, reward_scale=0.1, eta=0.1, inverse_temperature=30.0,
                   noise_temperature=1.0, learning_rate_schedule="cosine")
 
@@ -791,10 +791,11 @@ def main(argv=None):
         log_file.seek(log_file.truncate(end))  # later rows will be written again
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-    compiling = " after compiling for half a minute or, on a busy machine, minutes" if args.compile else ""
     print(f"{args.env_id}: {about_data['transitions']} transitions, {about_data['episodes']} episodes, mean return "
           f"{about_data['mean_return']:.1f}, best {about_data['best']:.1f}; evaluates every {args.eval_interval} steps"
-          f", learns from step {step} on{compiling}; run folder {run_dir}")
+          f", learns from step {step} on; run folder {run_dir}")
+    if args.compile:
+        print("compiles before the first gradient step: half a minute or, on a busy machine, minutes")
 
     def log(metrics):
         log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")

@@ -638,9 +638,10 @@ def main(argv=None):
         replay_file.seek(replay_file.truncate(replay_bytes))
         if args.track:
             wandb.init(config=asdict(args), id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow")
-    compiling = " after compiling for half a minute or, on a busy machine, minutes" if args.compile else ""
     print(f"{args.env_id}: {args.num_envs} environments; evaluates every {args.eval_interval} steps, learns from step "
-          f"{max(step, args.learning_starts)} on{compiling}; run folder {run_dir}")
+          f"{max(step, args.learning_starts)} on; run folder {run_dir}")
+    if args.compile:
+        print("compiles before the first gradient step: half a minute or, on a busy machine, minutes")
 
     def log(metrics):
         log_file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
