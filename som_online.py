@@ -227,8 +227,8 @@ class TwinCritic(nn.Module):
         shape = x.shape[:-1]
         x = x.flatten(0, -2).expand(2, -1, -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            x = mish(torch.baddbmm(bias, x, weight))
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).reshape(2, *shape)
+            x = mish(torch.bmm(x, weight) + bias)
+        return (torch.bmm(x, self.weights[-1]) + self.biases[-1]).reshape(2, *shape)
 
 
 # ---------------------------------------------------------------- algorithm
@@ -272,7 +272,8 @@ def truncated_normal(mean, std, uniform):
 
 def proposal_logits(critic, observations, proposals, pair, args):
     """alpha Qbar(s, a_0^i), (K, B), of proposals (K, B, A), Q the smaller critic."""
-    q = critic(observations.expand(len(proposals), -1, -1), proposals).amin(0)
+    size = 4 if proposals.device.type == "cpu" else len(proposals)  # parts that stay in a CPU's cache: faster
+    q = torch.cat([critic(observations.expand(len(x), -1, -1), x).amin(0) for x in proposals.split(size)])
     if args.q_normalization == "spread":
         first, second = critic(observations.expand(2, -1, -1), pair).amin(0)
         q = q / (((first - second).square().mean() / 2).sqrt() + 1e-6)  # mean variance of Q over uniform actions

@@ -141,8 +141,9 @@ def test_q_normalization(normalization):
     smaller critic's pairs are 6 and 9, 2 and 3: variances 9 / 2 and 1 / 2, on average 2.5."""
     q = torch.randn(2, 50, 2) + torch.arange(2) * 10
     pairs = torch.tensor([[[6.0, 7.0], [9.0, 3.0]], [[8.0, 2.0], [11.0, 4.0]]])  # (critic, action, state)
-    logits = m.proposal_logits(lambda o, a: q if len(a) == 50 else pairs, torch.zeros(2, 1), torch.zeros(50, 2, 2),
-                               torch.zeros(2, 2, 2), m.Args(alpha=3.0, q_normalization=normalization))
+    numbers = torch.arange(50.0).view(50, 1, 1).expand(50, 2, 1)  # each action is its number, in the pairs -1
+    logits = m.proposal_logits(lambda o, a: pairs if a[0, 0, 0] == -1 else q[:, a[:, 0, 0].long()], torch.zeros(2, 1),
+                               numbers, -torch.ones(2, 2, 1), m.Args(alpha=3.0, q_normalization=normalization))
     low = q.amin(0)
     expected = {"spread": low / 2.5**0.5, "batch": (low - low.mean()) / low.std(), "none": low}[normalization]
     torch.testing.assert_close(logits, 3 * expected, rtol=1e-4, atol=1e-4)
