@@ -139,8 +139,8 @@ class Args:
     """N in the Bellman target, Eq. (8)"""
     exploration_noise: float = 0.0
     """standard deviation of Gaussian noise on the actions in training, before clipping; the policy itself is random"""
-    alpha: float = 10.0
-    """inverse temperature of the policy to be learned, Eq. (2): larger is greedier"""
+    alpha: float = 100.0
+    """inverse temperature of the policy to be learned, Eq. (2), per standard deviation of Q: larger is greedier"""
     num_proposals: int = 100
     """K, proposals per score estimate, Eq. (2)"""
     score: Literal["posterior", "gradient"] = "posterior"

@@ -48,7 +48,7 @@ DEFAULTS = {
         batch_size=256, gamma=0.99, num_envs=5, utd=0.2, reward_scale=0.2, buffer_size=1_000_000,  # the same two
         total_timesteps=1_000_000, learning_rate=3e-4, num_candidates=32, num_candidates_eval=None,  # RELAX
         num_proposals=100, flow_ratio=0.25,  # third-party implementation
-        learning_starts=10_000, tau=0.02, alpha=10.0, path="linear", score="posterior", score_scale=None,  # ours
+        learning_starts=10_000, tau=0.02, alpha=100.0, path="linear", score="posterior", score_scale=None,  # ours
         q_normalization="spread", adaptive_power=0.0, num_candidates_target=1,  # ours
         exploration_noise=0.0),  # NC-LQL: none
 }
