@@ -413,6 +413,7 @@ def main():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # this and the next lines as the scripts do
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.set_flush_denormal(True)  # a fresh MFQL has such numbers for some dozens of updates, slow ones on Intel
     if args.cuda:
         torch.cuda.set_stream(torch.cuda.Stream())
     name = torch.cuda.get_device_name() if args.cuda else platform.processor() or platform.machine()

@@ -247,3 +247,9 @@ def test_snippets_run(folder):
     spec.loader.exec_module(copy)
     assert copy.main([*SMALL.split(), "COPY", "--action-cost", "0.5"]) == 0
     assert json.loads((folder / "runs/COPY/args.json").read_text())["args"]["action_cost"] == 0.5
+
+
+def test_speed_tables_are_the_printed_ones():
+    printed = (RESULTS / "speed_cpu.md").read_text().strip().split("\n\n")
+    tables = [part for part in printed if part.startswith("|")]
+    assert len(tables) == 3 and all(table in PAGES["docs/speed.md"] for table in tables)
