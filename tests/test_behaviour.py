@@ -57,7 +57,7 @@ TASK = {  # a task and values of its flags: as the script lists them, or the sam
     "mfql_offline_to_online": ("cube-double-play-singletask-task2-v0",
                                dict(alpha=120, num_candidates=5, gamma=0.995)),
     "ofql_offline": ("antmaze-medium-diverse-v2", dict(eta=0.001, inverse_temperature=5, gamma=0.99)),
-    "som_online": ("Walker2d-v4", dict(alpha=10, num_candidates=32, gamma=0.99)),
+    "som_online": ("Walker2d-v4", dict(alpha=100, num_candidates=32, gamma=0.99)),
 }
 EPISODE = 20  # steps of an episode of Short-v0
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -365,7 +365,7 @@ def test_two_processes_never_write_one_folder(m, data, baseline, tmp_path, monke
     with subprocess.Popen([sys.executable, "-uc", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         try:
             assert other.stdout.readline() == b"1\n"
-            with pytest.raises(m.BadInput, match=f"run folder {run} .*lock"):
+            with pytest.raises(m.BadInput, match=f"run folder {run}, perhaps in use .*lock"):
                 m.main(argv)
             assert contents(run) == before
         finally:
